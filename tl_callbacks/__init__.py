@@ -1,0 +1,53 @@
+"""Transfer learning for the Hugging Face Trainer: who trains, how fast, when, and how far from the pretrained weights.
+
+Put `attach(trainer)` before `trainer.train()`. The names below are the public ones.
+"""
+
+from tl_callbacks.anchoring import WeightAnchoring
+from tl_callbacks.attach import attach
+from tl_callbacks.checkpoints import last_complete_checkpoint
+from tl_callbacks.discovery import group_layers
+from tl_callbacks.errors import NoEffectWarning
+from tl_callbacks.groups import LayerGroup, LayerGroups
+from tl_callbacks.layerwise import LayerwiseOptimizer, layerwise_optimizer
+from tl_callbacks.preflight import PreflightError
+from tl_callbacks.recorder import Recorder, add_to_recipe
+from tl_callbacks.strategies import STRATEGIES, Strategy, adapt
+from tl_callbacks.unfreezing import (
+    GradualUnfreezing,
+    UnfreezePlan,
+    UnfreezeSchedule,
+    at_fractions,
+    at_steps,
+    every,
+    per_epoch,
+    slanted_triangular,
+    staged,
+)
+
+__all__ = [
+    "STRATEGIES",
+    "GradualUnfreezing",
+    "LayerGroup",
+    "LayerGroups",
+    "LayerwiseOptimizer",
+    "NoEffectWarning",
+    "PreflightError",
+    "Recorder",
+    "Strategy",
+    "UnfreezePlan",
+    "UnfreezeSchedule",
+    "WeightAnchoring",
+    "adapt",
+    "add_to_recipe",
+    "at_fractions",
+    "at_steps",
+    "attach",
+    "every",
+    "group_layers",
+    "last_complete_checkpoint",
+    "layerwise_optimizer",
+    "per_epoch",
+    "slanted_triangular",
+    "staged",
+]

@@ -1,0 +1,293 @@
+"""The adapter: when the pull or the penalty enters a Trainer's optimizer step."""
+
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from tl_callbacks.anchoring.penalties import add_penalty_gradient_, distance, half_life, pull_
+from tl_callbacks.anchoring.reference import given, snapshot
+from tl_callbacks.callbacks import TransferCallback, announce
+from tl_callbacks.discovery import group_layers
+from tl_callbacks.errors import NoEffectWarning
+from tl_callbacks.groups import LayerGroups
+from tl_callbacks.parameters import parameters_by_name
+
+
+class _Anchored(NamedTuple):
+    parameter: nn.Parameter
+    reference: Tensor
+    strength: float
+    group: dict[str, Any]
+
+
+class WeightAnchoring(TransferCallback):
+    """Pulls the weights toward the pretrained ones while a Trainer trains.
+
+    `form="decoupled"` (for adaptive optimizers): before each optimizer step
+    theta <- theta - strength * (lr / peak lr) * (theta - theta_pre), apart from the gradient, as AdamW decays weights.
+    The unit of `strength` is the share of the distance removed per step at the group's peak rate; it follows the
+    schedule, but not the size of the rate.
+
+    `form="penalty"` (L2-SP): the loss J + strength * ||theta - theta_pre||^2, exactly: its gradient enters once per
+    optimizer step, before clipping, whatever the accumulation, the number of ranks and the loss scale.
+
+    The reference is taken when the Trainer is made, before a resumed run loads its checkpoint. In a PEFT model it is
+    the adapter's initial state, that is the base model's function.
+
+    Args:
+        strength: decoupled: share of the distance removed per step at the peak rate, in [0, 1); penalty: factor of the
+            squared distance, 0 or more. A number, or anchored patterns of group names to numbers (others: 0).
+        form: "decoupled" or "penalty".
+        reference: the pretrained weights by parameter name, such as a `state_dict()`; None: as they are when the
+            Trainer is made.
+        exclude: names or patterns of groups without anchor; None: the head group, whose weights are new; (): none.
+        groups: the layer groups; None: `group_layers(model)`.
+
+    Raises:
+        ValueError: a strength is out of range, or `form` is unknown.
+
+    Example:
+        >>> WeightAnchoring(strength=0.01)
+        WeightAnchoring(strength=0.01, form='decoupled', exclude=None)
+
+    References:
+        Li, Grandvalet and Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional Networks",
+        ICML 2018. https://arxiv.org/abs/1802.01483
+        Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019. https://arxiv.org/abs/1711.05101
+    """
+
+    def __init__(
+        self,
+        strength: float | Mapping[str, float],
+        *,
+        form: Literal["decoupled", "penalty"] = "decoupled",
+        reference: Mapping[str, Tensor] | None = None,
+        exclude: Sequence[str] | None = None,
+        groups: LayerGroups | None = None,
+    ) -> None:
+        if form not in ("decoupled", "penalty"):
+            raise ValueError(f'`form` is {form!r}; expected "decoupled" or "penalty".')
+        upper, span = (
+            (1.0, "[0, 1), the share of the distance removed per step") if form == "decoupled" else (None, "0 or more")
+        )
+        for value in strength.values() if isinstance(strength, Mapping) else (strength,):
+            if value < 0 or (upper is not None and value >= upper):
+                raise ValueError(f"`strength` is {value} with form={form!r}; expected a number in {span}.")
+        self.strength = strength
+        self.form = form
+        self.reference = reference
+        self.exclude = exclude
+        self.groups = groups
+        self._weights: dict[str, Tensor] | None = None
+        self._model: Callable[[], nn.Module | None] = lambda: None
+        self._handles: list[RemovableHandle] = []
+        self._anchored: list[_Anchored] = []
+        self._fired: set[int] = set()
+        self._loss_scale = 1.0
+
+    def __repr__(self) -> str:
+        return f"WeightAnchoring(strength={self.strength!r}, form={self.form!r}, exclude={self.exclude!r})"
+
+    def findings(self, trainer: Trainer) -> list[str]:
+        """Return what would go wrong: a checkpoint taken for pretrained weights, or no place for the pull to enter."""
+        found = []
+        path = str(getattr(getattr(trainer.model, "config", None), "_name_or_path", ""))
+        if self.reference is None and re.search(r"checkpoint-\d+/?$", path):
+            found.append(
+                f"WeightAnchoring would take the weights of `{path}` for the pretrained ones. Load the pretrained "
+                "model and pass resume_from_checkpoint to train(), or give reference=pretrained.state_dict()."
+            )
+        if "lomo" in trainer.args.optim or "layerwise" in trainer.args.optim:
+            found.append(
+                f"optim={trainer.args.optim} steps inside the backward pass, where WeightAnchoring has no place to "
+                "enter. Choose another, such as adamw_torch_fused."
+            )
+        if trainer.args.deepspeed or trainer.args.fsdp:
+            found.append("WeightAnchoring does not support sharded training (FSDP, DeepSpeed); train with DDP.")
+        return found
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take the reference, before anything is loaded or trained."""
+        self._take(kwargs["model"])
+
+    def on_attach(self, trainer: Trainer) -> None:
+        """Take the reference if the callback was added after the Trainer was made."""
+        super().on_attach(trainer)
+        assert trainer.model is not None
+        self._take(trainer.model)
+
+    def before_optimizer_load(self, model: nn.Module, state: TrainerState) -> None:
+        """Take the reference anew where `model_init` made another model for a fresh training."""
+        if state.global_step == 0:
+            self._take(model)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Register the hooks that pull, or say that there is nothing to pull."""
+        self.restore(kwargs["model"])
+        if self._weights is None:
+            raise RuntimeError(
+                "WeightAnchoring was added after the Trainer was made and has no reference. Pass it as "
+                "Trainer(callbacks=[...]), or call attach(trainer) before trainer.train()."
+            )
+        self._anchored = self._pair(kwargs["model"], kwargs["optimizer"])
+        if not self._anchored:
+            warnings.warn(
+                f"{self!r} anchors nothing. Leave it out, or raise `strength`.", NoEffectWarning, stacklevel=2
+            )
+            return
+        self._register(kwargs["model"], kwargs["optimizer"])
+        announce(self._summary(), state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Read the loss scale of this step, by which penalty gradients are multiplied."""
+        scaler = getattr(kwargs["optimizer"], "scaler", None)
+        self._loss_scale = float(scaler.get_scale()) if scaler is not None and self.form == "penalty" else 1.0
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log the distance of each group from the reference, once a step."""
+        self._log_distances(kwargs["model"], state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log the final distances and remove the hooks."""
+        self._log_distances(kwargs["model"], state)
+        self.restore(kwargs["model"])
+
+    def restore(self, model: nn.Module) -> None:
+        """Remove all hooks. Safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._anchored = []
+        self._fired.clear()
+
+    def distances(self, model: nn.Module) -> dict[str, float]:
+        """Return each anchored group's Euclidean distance from the reference, bottom to top.
+
+        Args:
+            model: the model without wrappers.
+        """
+        assert self._weights is not None
+        parameters = parameters_by_name(model)
+        result = {}
+        for group in self._groups(model):
+            held = [name for name in group.parameters if name in self._weights]
+            if held:
+                result[group.name] = distance((parameters[name], self._weights[name]) for name in held)
+        return result
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return strength, form, what is excluded, and the half-life of a distance in steps."""
+        strength = dict(self.strength) if isinstance(self.strength, Mapping) else self.strength
+        facts = {"strength": strength, "form": self.form, "exclude": self.exclude and list(self.exclude)}
+        if self.form == "decoupled" and not isinstance(strength, dict) and strength > 0:
+            facts["half_life_steps"] = half_life(strength)
+        return facts
+
+    def _groups(self, model: nn.Module) -> LayerGroups:
+        return self.groups or group_layers(model)
+
+    def _strengths(self, model: nn.Module) -> dict[str, float]:
+        """Return the strength of each group that is anchored, by name."""
+        groups = self._groups(model)
+        excluded = groups.select(self.exclude) if self.exclude is not None else (groups.head,)
+        strengths = groups.by_group(self.strength, default=0.0)
+        return {name: value for name, value in strengths.items() if value > 0 and name not in excluded}
+
+    def _take(self, model: nn.Module) -> None:
+        if self._model() is model:
+            return  # the same model in a second Trainer: its reference is from before it was trained
+        strengths = self._strengths(model)
+        names = [n for group in self._groups(model) if group.name in strengths for n in group.parameters]
+        self._weights = snapshot(model, names) if self.reference is None else given(model, names, self.reference)
+        self._model = weakref.ref(model)
+
+    def _pair(self, model: nn.Module, optimizer: Optimizer) -> list[_Anchored]:
+        assert self._weights is not None
+        strengths = self._strengths(model)
+        parameters = parameters_by_name(model)
+        holder = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        return [
+            _Anchored(parameters[name], self._weights[name].to(parameters[name]), strengths[group.name], holder[id(p)])
+            for group in self._groups(model)
+            if group.name in strengths
+            for name in group.parameters
+            if id(p := parameters[name]) in holder
+        ]
+
+    def _register(self, model: nn.Module, optimizer: Any) -> None:
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if self.form == "decoupled":
+            self._handles.append(inner.register_step_pre_hook(self._pull))
+            return
+        waiting = list(self._anchored)
+
+        def register_open(root: nn.Module, inputs: Any) -> None:
+            # Autograd takes hooks of what requires a gradient only: a frozen group's follow when it opens.
+            opened = [anchored for anchored in waiting if anchored.parameter.requires_grad]
+            waiting[:] = [anchored for anchored in waiting if not anchored.parameter.requires_grad]
+            for anchored in opened:
+                self._handles.append(_on_gradient(anchored.parameter, self._penalise(anchored, optimizer)))
+
+        self._handles.append(model.register_forward_pre_hook(register_open))
+        self._handles.append(inner.register_step_pre_hook(self._penalise_idle))
+
+    def _pull(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0:
+            return  # fused optimizers run their hooks on steps that the gradient scaler skips
+        for parameter, reference, strength, group in self._anchored:
+            peak = group.get("initial_lr", optimizer.defaults["lr"])
+            if parameter.grad is not None and peak > 0:
+                pull_(parameter, reference, strength * float(group["lr"]) / peak)
+
+    def _penalise(self, anchored: _Anchored, optimizer: Any) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            if optimizer.gradient_state.sync_gradients and parameter.grad is not None:
+                strength = anchored.strength * self._loss_scale
+                add_penalty_gradient_(parameter.grad, parameter, anchored.reference, strength)
+                self._fired.add(id(parameter))
+
+        return hook
+
+    def _penalise_idle(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Penalise what had no gradient in the last backward, such as an idle expert. It enters after clipping."""
+        for parameter, reference, strength, _ in self._anchored:
+            if parameter.requires_grad and id(parameter) not in self._fired:
+                if parameter.grad is None:
+                    parameter.grad = parameter.new_zeros(parameter.shape)
+                add_penalty_gradient_(parameter.grad, parameter, reference, strength)
+        self._fired.clear()
+
+    def _summary(self) -> str:
+        count = sum(anchored.parameter.numel() for anchored in self._anchored)
+        text = f"{self!r} anchors {count:,} parameters"
+        strongest = max(anchored.strength for anchored in self._anchored)
+        if self.form == "decoupled":
+            text += f"; at the peak rate it halves a distance in {half_life(strongest):.0f} steps"
+        return text
+
+    def _log_distances(self, model: nn.Module, state: TrainerState) -> None:
+        if self._anchored and not any(
+            entry["step"] == state.global_step and any(key.startswith("tl/anchor/") for key in entry)
+            for entry in state.log_history[-8:]
+        ):
+            self.log({f"tl/anchor/{name}": value for name, value in self.distances(model).items()}, state)
+
+
+def _on_gradient(parameter: Any, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call `hook` whenever a gradient was accumulated in `parameter`; untyped in torch."""
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)
+    return handle

@@ -1,0 +1,85 @@
+"""The operations, on tensors: the decoupled pull, the gradient of the L2-SP penalty, and distances.
+
+None makes a temporary of a parameter's size: on a CPU that is what an anchor would cost.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def pull_(parameter: Tensor, reference: Tensor, weight: float) -> Tensor:
+    """Move `parameter` in place toward `reference` by the share `weight` of the way: p <- p - weight * (p - reference).
+
+    Args:
+        parameter: any shape.
+        reference: the same shape and dtype.
+        weight: share of the distance removed, in [0, 1).
+
+    Returns:
+        `parameter`.
+
+    Example:
+        >>> pull_(torch.tensor([1.0]), torch.tensor([0.0]), 0.25)
+        tensor([0.7500])
+    """
+    return parameter.lerp_(reference, weight)
+
+
+@torch.no_grad()
+def add_penalty_gradient_(gradient: Tensor, parameter: Tensor, reference: Tensor, strength: float) -> Tensor:
+    """Add to `gradient` in place the penalty's, 2 * strength * (parameter - reference).
+
+    The penalty is strength * ||parameter - reference||^2, L2-SP.
+
+    Args:
+        gradient: any shape.
+        parameter: the same shape.
+        reference: the same shape and dtype.
+        strength: factor of the penalty, 0 or more; times the loss scale under a gradient scaler.
+
+    Returns:
+        `gradient`.
+
+    Example:
+        >>> add_penalty_gradient_(torch.zeros(1), torch.tensor([3.0]), torch.tensor([1.0]), 0.5)
+        tensor([2.])
+
+    References:
+        Li, Grandvalet and Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional Networks",
+        ICML 2018, equation 4, with alpha = 2 * strength. https://arxiv.org/abs/1802.01483
+    """
+    return gradient.add_(parameter, alpha=2 * strength).sub_(reference, alpha=2 * strength)
+
+
+@torch.no_grad()
+def distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Return the Euclidean distance ||theta - theta_pre|| over pairs of tensors, 0 or more.
+
+    Args:
+        pairs: (parameter, reference), each pair of one shape.
+
+    Example:
+        >>> distance([(torch.tensor([3.0, 0.0]), torch.zeros(2)), (torch.tensor([4.0]), torch.zeros(1))])
+        5.0
+    """
+    return math.sqrt(sum(float((parameter - reference).double().square().sum()) for parameter, reference in pairs))
+
+
+def half_life(strength: float) -> float:
+    """Return the optimizer steps at the peak rate after which a decoupled pull alone has halved a distance.
+
+    Args:
+        strength: share of the distance removed per step, in [0, 1).
+
+    Returns:
+        Optimizer steps; infinity for strength 0.
+
+    Example:
+        >>> round(half_life(0.01))
+        69
+    """
+    return math.inf if strength == 0 else math.log(2) / -math.log1p(-strength)

@@ -1,0 +1,99 @@
+"""`attach(trainer)`: checks the set-up, then lends the trainer to the callbacks."""
+
+import functools
+from typing import Any
+
+from transformers import Trainer
+
+from tl_callbacks.checkpoints import last_complete_checkpoint
+from tl_callbacks.discovery import group_layers
+from tl_callbacks.groups import LayerGroups
+from tl_callbacks.layerwise.factory import layerwise_optimizer, refusal
+from tl_callbacks.preflight import PreflightError, factory_of, our_callbacks, preflight
+from tl_callbacks.recorder import Recorder
+from tl_callbacks.unfreezing.callback import GradualUnfreezing
+
+
+def attach(trainer: Trainer) -> None:
+    """Check a trainer's set-up and give this package's callbacks what the Trainer does not hand to callbacks.
+
+    Call it once, after the Trainer was made and before `train()`. It
+
+    - raises if anything is wrong, with all findings at once;
+    - lends the trainer to the callbacks and to the optimizer factory, and gives the Trainer a neutral factory (its own
+      optimizer, with one named group per layer group) where it has none;
+    - adds a recorder, which writes `recipe.json` and logs the rate of every group;
+    - makes `train(resume_from_checkpoint=True)` take the last checkpoint that was written to its end;
+    - restores the model when training ends, also by an exception.
+
+    Args:
+        trainer: the Trainer, with our callbacks or without.
+
+    Raises:
+        PreflightError: a ValueError that lists every finding.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+        >>> config = BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+        >>> args = TrainingArguments(tempfile.mkdtemp(), use_cpu=True, report_to="none")
+        >>> trainer = Trainer(BertForSequenceClassification(config), args)
+        >>> attach(trainer)
+        >>> trainer.optimizer_cls_and_kwargs[0]
+        LayerwiseOptimizer(embeddings: 5e-05, encoder.layer.0: 5e-05, encoder.layer.1: 5e-05, head: 5e-05)
+    """
+    if findings := preflight(trainer):
+        raise PreflightError(findings)
+    assert trainer.model is not None
+    _give_factory(trainer)
+    factory = factory_of(trainer)
+    if factory is not None:
+        factory.trainer = trainer
+    callbacks = our_callbacks(trainer)
+    if not any(isinstance(callback, Recorder) for callback in callbacks):
+        methods = {type(method).__name__: method for method in (factory, *callbacks) if method is not None}
+        trainer.add_callback(Recorder(factory.groups if factory else None, methods))
+        _guard_train(trainer)
+    for callback in our_callbacks(trainer):
+        callback.on_attach(trainer)
+
+
+def _give_factory(trainer: Trainer) -> None:
+    """Install a neutral factory unless the user gave an optimizer, or one that groups by rules of its own is named."""
+    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+        return
+    model: Any = trainer.model
+    if refusal(*trainer.get_optimizer_cls_and_kwargs(trainer.args, model)) is None:
+        trainer.optimizer_cls_and_kwargs = layerwise_optimizer(trainer.args, _groups(trainer))  # type: ignore[assignment]
+
+
+def _groups(trainer: Trainer) -> LayerGroups:
+    assert trainer.model is not None
+    for callback in our_callbacks(trainer):
+        if isinstance(callback, GradualUnfreezing):
+            return callback.groups
+    return group_layers(trainer.model)
+
+
+def _guard_train(trainer: Trainer) -> None:
+    """Wrap this trainer's `train`: a whole checkpoint to resume from, and the model restored whatever happens."""
+    train = trainer.train
+
+    @functools.wraps(train)
+    def guarded(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            folder, world_size = str(trainer.args.output_dir), trainer.args.world_size
+            resume_from_checkpoint = last_complete_checkpoint(folder, world_size=world_size)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"no checkpoint in `{folder}` was written to its end; expected a folder checkpoint-<step> with "
+                    "weights, optimizer and trainer_state.json. Start without resume_from_checkpoint."
+                )
+        try:
+            return train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            for callback in our_callbacks(trainer):
+                if trainer.model is not None:
+                    callback.restore(trainer.model)
+
+    trainer.train = guarded  # type: ignore[method-assign]

@@ -1,0 +1,13 @@
+"""The warning of our own; every error is a builtin exception.
+
+Kept apart from the methods so that a user can silence or escalate it without importing one.
+"""
+
+
+class NoEffectWarning(UserWarning):
+    """Warns that a setting provably changes nothing: strength 0, or a group that never opens.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("error", NoEffectWarning)  # make it an error in your own script
+    """

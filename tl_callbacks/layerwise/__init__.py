@@ -1,0 +1,6 @@
+"""How fast: one learning rate per layer group."""
+
+from tl_callbacks.layerwise.factory import LayerwiseOptimizer, layerwise_optimizer
+from tl_callbacks.layerwise.scales import layer_scales
+
+__all__ = ["LayerwiseOptimizer", "layer_scales", "layerwise_optimizer"]

@@ -1,0 +1,189 @@
+"""The adapter: an optimizer factory for `Trainer(optimizer_cls_and_kwargs=...)` that holds every parameter, named."""
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_optimizer import is_optimizer_factory
+
+from tl_callbacks.callbacks import TransferCallback
+from tl_callbacks.frozen.state import openable
+from tl_callbacks.groups import LayerGroups
+from tl_callbacks.layerwise.scales import layer_scales
+from tl_callbacks.names import closest, normalise
+from tl_callbacks.parameters import is_peft, parameters_by_name
+
+
+class LayerwiseOptimizer:
+    """An optimizer factory as the Trainer expects it: one named parameter group per layer group and decay class.
+
+    Made by `layerwise_optimizer`. All parameters are in the optimizer from step 0, frozen ones too, so that the
+    scheduler, a resumed run and DDP see the same groups throughout. The groups are stored head first, because the
+    Trainer logs the rate of group 0 as `learning_rate`. The decay classes are the Trainer's own
+    (`Trainer.get_decay_parameter_names`).
+
+    Args:
+        args: the Trainer's arguments; rates, betas, weight decay and `optim` are read from them when it is built.
+        groups: the layer groups.
+        scales: group name to ratio to `args.learning_rate`.
+    """
+
+    def __init__(self, args: TrainingArguments, groups: LayerGroups, scales: Mapping[str, float]) -> None:
+        self.args = args
+        self.groups = groups
+        self.scales = dict(scales)
+        self.trainer: Trainer | None = None
+
+    def __repr__(self) -> str:
+        rates = ", ".join(f"{name}: {self.args.learning_rate * scale:.3g}" for name, scale in self.scales.items())
+        return f"LayerwiseOptimizer({rates})"
+
+    def __call__(self) -> Callable[..., Optimizer]:
+        """Return `build`; the Trainer calls a factory twice."""
+        return self.build
+
+    def build(self, model: nn.Module) -> Optimizer:
+        """Return the optimizer over all parameters of `model`, named, one group per layer group and decay class.
+
+        Raises:
+            ValueError: the groups are not those of this model, or `args.optim` steps or groups by rules of its own.
+        """
+        source: Any = self.trainer or Trainer
+        optimizer_class, kwargs = source.get_optimizer_cls_and_kwargs(self.args, model)
+        if reason := refusal(optimizer_class, kwargs):
+            raise ValueError(
+                f"`optim={self.args.optim}` {reason}, so it cannot take one learning rate per layer group. "
+                "Choose another, such as adamw_torch_fused, adafactor or sgd, or leave layerwise_optimizer out."
+            )
+        decays = {normalise(name) for name in _decay_names(self.trainer, model)}
+        parameters = check_groups(self.groups, model)
+        param_groups = []
+        for group in reversed(self.groups.groups):
+            for decay in (True, False):
+                named = [(name, parameters[name]) for name in group.parameters if (name in decays) is decay]
+                if named:
+                    rate = self.args.learning_rate * self.scales[group.name]
+                    param_groups.append(
+                        {
+                            "params": named,
+                            "name": group.name if decay else f"{group.name} (no decay)",
+                            "layer_group": group.name,
+                            "lr": rate,
+                            "initial_lr": rate,  # the group's peak rate, also under a scheduler that does not note it
+                            "weight_decay": self.args.weight_decay if decay else 0.0,
+                        }
+                    )
+        optimizer: Optimizer = optimizer_class(param_groups, **kwargs)
+        optimizer.register_load_state_dict_pre_hook(_check_names)
+        if self.trainer is not None:
+            for callback in self.trainer.callback_handler.callbacks:
+                if isinstance(callback, TransferCallback):
+                    callback.before_optimizer_load(model, self.trainer.state)
+        return optimizer
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `recipe.json` says of the rates: `optim` and each group's ratio to `args.learning_rate`."""
+        return {"optim": str(self.args.optim), "learning_rate": self.args.learning_rate, "scales": self.scales}
+
+
+def layerwise_optimizer(
+    args: TrainingArguments,
+    groups: LayerGroups,
+    *,
+    decay: float = 1.0,
+    head_factor: float = 1.0,
+    factors: Mapping[str, float] | None = None,
+) -> tuple[LayerwiseOptimizer, dict[str, Any]]:
+    """Return the value for `Trainer(optimizer_cls_and_kwargs=...)` that gives each layer group its own rate.
+
+    Discriminative learning rates (layer-wise learning-rate decay) move the general lower layers less than the specific
+    upper ones. Any scheduler of the Trainer's that scales a rate scales each group's. With the neutral settings
+    training is bit for bit that of the plain Trainer.
+
+    Args:
+        args: the Trainer's arguments: the only source of rate, betas, weight decay and `optim`.
+        groups: the layer groups of the model, from `group_layers`.
+        decay: ratio of neighbouring groups' rates, downwards, in (0, 1]; 0.9 is usual, ULMFiT's is 1 / 2.6.
+        head_factor: ratio of the head's rate to what it would have, above 0.
+        factors: anchored patterns of group names to ratios to `args.learning_rate`; they replace the result.
+
+    Returns:
+        A factory and its empty keyword arguments.
+
+    Raises:
+        ValueError: see `layer_scales`; and, when the optimizer is made, groups of another model.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> from tl_callbacks import group_layers
+        >>> config = BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+        >>> args = TrainingArguments(tempfile.mkdtemp(), learning_rate=1e-3, use_cpu=True)
+        >>> groups = group_layers(BertForSequenceClassification(config))
+        >>> layerwise_optimizer(args, groups, decay=0.5)[0]
+        LayerwiseOptimizer(embeddings: 0.000125, encoder.layer.0: 0.00025, encoder.layer.1: 0.0005, head: 0.001)
+
+    References:
+        Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification", ACL 2018, section 3.2.
+        https://arxiv.org/abs/1801.06146
+    """
+    scales = layer_scales(groups, decay=decay, head_factor=head_factor, factors=factors)
+    return LayerwiseOptimizer(args, groups, scales), {}
+
+
+def refusal(optimizer_class: Any, kwargs: Mapping[str, Any]) -> str | None:
+    """Return why an optimizer of the Trainer's cannot take groups from outside, None if it can.
+
+    Args:
+        optimizer_class: what `Trainer.get_optimizer_cls_and_kwargs` returned first.
+        kwargs: what it returned second.
+    """
+    if is_optimizer_factory(optimizer_class):
+        return "splits the parameters among several optimizers itself"
+    if "params" in kwargs or "optimizer_dict" in kwargs:
+        return "makes parameter groups of its own"
+    if "model" in kwargs:
+        return "steps inside the backward pass"
+    return None
+
+
+def _decay_names(trainer: Trainer | None, model: nn.Module) -> list[str]:
+    """Return the names that the Trainer gives weight decay; its method reads nothing of the trainer itself."""
+    if trainer is not None:
+        return trainer.get_decay_parameter_names(model)
+    return Trainer.get_decay_parameter_names(cast(Trainer, None), model)
+
+
+def check_groups(groups: LayerGroups, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the model's parameters by name; raise if they are not those of the groups."""
+    parameters = openable(model) if is_peft(model) else parameters_by_name(model)
+    unknown = [name for name in groups.parameters if name not in parameters]
+    missing = [name for name in parameters if name not in set(groups.parameters)]
+    if unknown or missing:
+        strays = [
+            f"`{name}` is in the groups but not in the model (closest: {closest(name, parameters)})" for name in unknown
+        ] + [f"`{name}` is in the model but in no group" for name in missing]
+        raise ValueError(
+            f"the groups are not those of this {type(model).__name__}: {len(unknown)} unknown and {len(missing)} "
+            f"missing parameters; {'; '.join(strays[:3])}. Make them with group_layers(model) from the model that is "
+            "given to the Trainer, after PEFT adapters were added."
+        )
+    return parameters
+
+
+def _check_names(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Refuse optimizer state of other groups: torch would load it by position, moments of one tensor into another."""
+    saved = [group.get("param_names") for group in state_dict["param_groups"]]
+    ours = [group["param_names"] for group in optimizer.param_groups]
+    if saved != ours:
+        pairs = itertools.zip_longest(saved, ours)
+        place = next(number for number, (theirs, mine) in enumerate(pairs) if theirs != mine)
+        here = optimizer.param_groups[place]["name"] if place < len(ours) else "none"
+        raise ValueError(
+            f"the checkpoint's optimizer state belongs to other parameter groups: {len(saved)} there, {len(ours)} "
+            f"here, first difference at number {place} (here: `{here}`). Resume with the groups that the run was "
+            "started with, or start afresh from the checkpoint's weights."
+        )

@@ -1,0 +1,209 @@
+"""The adapter: decides when groups open during a Trainer's training, on every rank at once."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from tl_callbacks import events
+from tl_callbacks.callbacks import TransferCallback, announce
+from tl_callbacks.frozen.eval_mode import keep_in_eval, release
+from tl_callbacks.frozen.state import set_frozen
+from tl_callbacks.groups import LayerGroups
+from tl_callbacks.unfreezing import checks
+from tl_callbacks.unfreezing.plan import Phase, UnfreezePlan, make_plan, steps_per_epoch
+from tl_callbacks.unfreezing.rates import SlantedTriangular, group_rates, replace_rates
+from tl_callbacks.unfreezing.reducer import rebuild_reducer
+from tl_callbacks.unfreezing.schedule import UnfreezeSchedule
+
+EVENT = "opening"
+
+
+class GradualUnfreezing(TransferCallback):
+    """Opens layer groups from the head downwards while a Trainer trains, and keeps the others frozen.
+
+    Frozen means: no gradient, no weight decay, no dropout, no moving BatchNorm statistics. It protects the general
+    lower layers from the large gradients of a fresh head, and steps are cheaper until the lower groups open. It is
+    no accuracy method once the rates are right; see the method card.
+
+    Call `attach(trainer)` before training: it is exact under DDP and when a run resumes, and it checks the set-up.
+    After training every parameter requires a gradient again that did before.
+
+    Args:
+        groups: the layer groups, from `group_layers`.
+        schedule: when they open: `every`, `at_steps`, `at_fractions`, `per_epoch` or `staged`.
+        keep_frozen: names or anchored patterns of groups that never open; the schedule counts only the others.
+        rates: "shared": all groups follow the Trainer's schedule, so a group that opens late starts at an already
+            decayed rate; "own": each group goes through that schedule over its own time, with a warm-up from its
+            opening; `slanted_triangular(...)`: ULMFiT's rule over its own time.
+
+    Raises:
+        ValueError: a pattern in `keep_frozen` matches no group, or the head is among them.
+
+    Example:
+        >>> from tl_callbacks import LayerGroup, every
+        >>> groups = LayerGroups(tuple(LayerGroup(n, (n,), (9,)) for n in ("low", "high", "head")), "head")
+        >>> print(GradualUnfreezing(groups, every(10)).plan(max_steps=40, steps_per_epoch=20))
+        step  epoch  opens  open groups  parameters  rate factor
+        0      0.00   head            1           9            1
+        10     0.50   high            2          18            1
+        20     1.00    low            3          27            1
+
+    References:
+        Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification", ACL 2018, section 3.3.
+        https://arxiv.org/abs/1801.06146
+    """
+
+    def __init__(
+        self,
+        groups: LayerGroups,
+        schedule: UnfreezeSchedule,
+        *,
+        keep_frozen: Sequence[str] = (),
+        rates: Literal["shared", "own"] | SlantedTriangular = "shared",
+    ) -> None:
+        if not isinstance(rates, SlantedTriangular) and rates not in ("shared", "own"):
+            raise ValueError(f'`rates` is {rates!r}; expected "shared", "own" or slanted_triangular(...).')
+        self.groups = groups
+        self.schedule = schedule
+        self.keep_frozen = groups.select(keep_frozen)
+        self.rates = rates
+        if groups.names[-1] in self.keep_frozen:
+            raise ValueError(
+                f"`keep_frozen` holds `{groups.names[-1]}`, the top group, which is open from step 0 in every "
+                "schedule. Leave it out."
+            )
+        self._plan: UnfreezePlan | None = None  # derived anew at each train begin from the arguments and the lengths
+        self._applied: tuple[str, ...] | None = None
+
+    def __repr__(self) -> str:
+        kept = f", keep_frozen={self.keep_frozen}" if self.keep_frozen else ""
+        return f"GradualUnfreezing({len(self.groups)} groups, {self.schedule!r}{kept}, rates={self.rates!r})"
+
+    def plan(self, max_steps: int, steps_per_epoch: int | None = None) -> UnfreezePlan:
+        """Return the table of openings, without a Trainer.
+
+        Args:
+            max_steps: optimizer steps of the training.
+            steps_per_epoch: optimizer steps of an epoch: batches of an epoch over `gradient_accumulation_steps`,
+                rounded up. Needed by `per_epoch`; otherwise only for the column of epochs.
+
+        Raises:
+            ValueError: the schedule counts epochs and `steps_per_epoch` is None.
+        """
+        return make_plan(
+            self.groups, self.schedule, self.keep_frozen, max_steps=max_steps, steps_per_epoch=steps_per_epoch
+        )
+
+    def findings(self, trainer: Trainer) -> list[str]:
+        """Return what would go wrong: groups of another model, a second GradualUnfreezing, an unsound scheduler."""
+        return checks.findings(self, trainer)
+
+    def before_optimizer_load(self, model: nn.Module, state: TrainerState) -> None:
+        """Set the freeze state that the recorded openings say, or the one of step 0."""
+        opened = [name for event in events.read(state.log_history, EVENT) for name in event["groups"]]
+        self._apply(model, opened or self._open_at_start())
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Derive the plan, show it, give the groups their rates and set the freeze state of the present step."""
+        if self.trainer is None:
+            checks.unattached(self, args)
+        self._plan = self.plan(state.max_steps, steps_per_epoch(kwargs["train_dataloader"], args))
+        checks.history(self, self._plan, state)
+        checks.effect(self, self._plan, state)
+        announce(f"{self!r}\n{self._plan}", state)
+        self._set_rates(args, state, **kwargs)
+        self._apply(kwargs["model"], self._plan.at(state.global_step).open)
+        self._rebuild()  # a second train() finds a reducer over what the first one left open
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open what is due, rebuild DDP's reducer, and record the opening if it is not recorded yet."""
+        assert self._plan is not None
+        phase = self._plan.at(state.global_step)
+        if phase.open != self._applied:
+            self._apply(kwargs["model"], phase.open)
+            self._rebuild()
+        self._record(kwargs["model"], phase, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model as the user had it: what could train before can train again."""
+        self.restore(kwargs["model"])
+
+    def restore(self, model: nn.Module) -> None:
+        """Open everything this package froze and remove the hook. Safe to call twice."""
+        release(model)
+        set_frozen(model, frozenset())
+        self._applied = None
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return the schedule, the rates and the plan of the present training."""
+        return {
+            "schedule": repr(self.schedule),
+            "keep_frozen": list(self.keep_frozen),
+            "rates": repr(self.rates) if isinstance(self.rates, SlantedTriangular) else self.rates,
+            "plan": self._plan.facts() if self._plan else None,
+        }
+
+    def _open_at_start(self) -> tuple[str, ...]:
+        # Only a start at step 0 matters here, so any length serves.
+        return self.plan(max_steps=10**9, steps_per_epoch=10**6).phases[0].open
+
+    def opens_all_at_once(self) -> bool:
+        """Return whether nothing is frozen at step 0."""
+        return len(self._open_at_start()) + len(self.keep_frozen) == len(self.groups)
+
+    def _apply(self, model: nn.Module, open_groups: Sequence[str]) -> None:
+        frozen = [name for group in self.groups if group.name not in set(open_groups) for name in group.parameters]
+        release(model)
+        set_frozen(model, frozenset(frozen))
+        keep_in_eval(model)
+        self._applied = tuple(name for name in self.groups.names if name in set(open_groups))
+
+    def _rebuild(self) -> None:
+        if self.trainer is not None:
+            wrapper = getattr(self.trainer.model_wrapped, "_orig_mod", self.trainer.model_wrapped)
+            if isinstance(wrapper, DistributedDataParallel):
+                rebuild_reducer(wrapper)
+
+    def _record(self, model: nn.Module, phase: Phase, state: TrainerState) -> None:
+        recorded = events.read(state.log_history, EVENT)
+        before = {name for event in recorded for name in event["groups"]}
+        if set(phase.open) != before or phase.factor != recorded[-1]["factor"]:
+            events.emit(
+                state.log_history,
+                EVENT,
+                step=state.global_step,
+                groups=[name for name in phase.open if name not in before],
+                trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                factor=phase.factor,
+                max_steps=state.max_steps,
+            )
+
+    def _set_rates(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        lr_scheduler: LRScheduler,
+        **kwargs: Any,
+    ) -> None:
+        assert self._plan is not None
+        inner = getattr(optimizer, "optimizer", optimizer)
+        per_group = self.rates != "shared" or any(phase.factor != 1 for phase in self._plan)
+        checks.optimizer(self, model, inner, lr_scheduler, per_group=per_group)
+        if per_group and isinstance(lr_scheduler, LambdaLR):
+            shared = lr_scheduler.lr_lambdas[0]
+            rules = group_rates(self._plan, self.rates, args, max_steps=state.max_steps, shared=shared)
+            replace_rates(inner, lr_scheduler, rules)
