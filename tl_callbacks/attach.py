@@ -62,8 +62,7 @@ def _give_factory(trainer: Trainer) -> None:
     """Install a neutral factory unless the user gave an optimizer, or one that groups by rules of its own is named."""
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         return
-    model: Any = trainer.model
-    if refusal(*trainer.get_optimizer_cls_and_kwargs(trainer.args, model)) is None:
+    if refusal(trainer.args) is None:
         trainer.optimizer_cls_and_kwargs = layerwise_optimizer(trainer.args, _groups(trainer))  # type: ignore[assignment]
 
 

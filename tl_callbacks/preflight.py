@@ -100,15 +100,11 @@ def _frozen_by_hand(model: nn.Module) -> list[str]:
 def _optimizer(trainer: Trainer) -> list[str]:
     assert trainer.model is not None
     factory = factory_of(trainer)
+    unfreezing = any(isinstance(callback, GradualUnfreezing) for callback in our_callbacks(trainer))
+    given = trainer.optimizer is not None or (trainer.optimizer_cls_and_kwargs is not None and factory is None)
+    if (factory or unfreezing) and not given and (reason := refusal(trainer.args)):
+        return [reason]
     if factory is None:
-        kind, kwargs = _own_optimizer(trainer)
-        unfreezing = any(isinstance(callback, GradualUnfreezing) for callback in our_callbacks(trainer))
-        if kind is not None and unfreezing and (reason := refusal(kind, kwargs)):
-            finding = (
-                f"optim={trainer.args.optim} {reason}, so GradualUnfreezing cannot decide what it moves. Choose "
-                "another, such as adamw_torch_fused, adafactor or sgd."
-            )
-            return [finding]
         return []
     found = []
     if factory.args is not trainer.args:
@@ -121,14 +117,6 @@ def _optimizer(trainer: Trainer) -> list[str]:
     except ValueError as error:
         found.append(f"layerwise_optimizer: {error}")
     return found
-
-
-def _own_optimizer(trainer: Trainer) -> tuple[object, dict[str, object]]:
-    """Return class and keyword arguments of the optimizer that `args.optim` names, (None, {}) if another is given."""
-    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
-        return None, {}
-    model = trainer.model if isinstance(trainer.model, PreTrainedModel) else None
-    return trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
 
 
 def factory_of(trainer: Trainer) -> LayerwiseOptimizer | None:

@@ -7,7 +7,6 @@ from typing import Any, cast
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_optimizer import is_optimizer_factory
 
 from tl_callbacks.callbacks import TransferCallback
 from tl_callbacks.frozen.state import openable
@@ -51,13 +50,10 @@ class LayerwiseOptimizer:
         Raises:
             ValueError: the groups are not those of this model, or `args.optim` steps or groups by rules of its own.
         """
+        if reason := refusal(self.args):
+            raise ValueError(f"layerwise_optimizer: {reason}")
         source: Any = self.trainer or Trainer
         optimizer_class, kwargs = source.get_optimizer_cls_and_kwargs(self.args, model)
-        if reason := refusal(optimizer_class, kwargs):
-            raise ValueError(
-                f"`optim={self.args.optim}` {reason}, so it cannot take one learning rate per layer group. "
-                "Choose another, such as adamw_torch_fused, adafactor or sgd, or leave layerwise_optimizer out."
-            )
         decays = {normalise(name) for name in _decay_names(self.trainer, model)}
         parameters = check_groups(self.groups, model)
         param_groups = []
@@ -134,20 +130,27 @@ def layerwise_optimizer(
     return LayerwiseOptimizer(args, groups, scales), {}
 
 
-def refusal(optimizer_class: Any, kwargs: Mapping[str, Any]) -> str | None:
-    """Return why an optimizer of the Trainer's cannot take groups from outside, None if it can.
+def refusal(args: TrainingArguments) -> str | None:
+    """Return why the optimizer that `args.optim` names cannot take groups from outside, None if it can.
 
-    Args:
-        optimizer_class: what `Trainer.get_optimizer_cls_and_kwargs` returned first.
-        kwargs: what it returned second.
+    Example:
+        >>> import tempfile
+        >>> refusal(TrainingArguments(tempfile.mkdtemp(), optim="lomo", use_cpu=True)).split(",")[0]
+        'optim=lomo steps inside the backward pass'
+        >>> refusal(TrainingArguments(tempfile.mkdtemp(), optim="sgd", use_cpu=True)) is None
+        True
     """
-    if is_optimizer_factory(optimizer_class):
-        return "splits the parameters among several optimizers itself"
-    if "params" in kwargs or "optimizer_dict" in kwargs:
-        return "makes parameter groups of its own"
-    if "model" in kwargs:
-        return "steps inside the backward pass"
-    return None
+    name = str(getattr(args.optim, "value", args.optim))
+    if "lomo" in name or name.endswith("layerwise"):
+        why = "steps inside the backward pass"
+    elif "galore" in name or "apollo" in name:
+        why = "makes parameter groups of its own"
+    else:
+        return None
+    return (
+        f"optim={name} {why}, so layer groups cannot have rates or freeze states of their own. Choose another, such as "
+        "adamw_torch_fused, adafactor or sgd."
+    )
 
 
 def _decay_names(trainer: Trainer | None, model: nn.Module) -> list[str]:
