@@ -25,7 +25,8 @@ def preview(trainer: Trainer) -> str:
         >>> from tl_callbacks import adapt, attach
         >>> config = BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
         >>> args = TrainingArguments(tempfile.mkdtemp(), max_steps=20, use_cpu=True, report_to="none")
-        >>> trainer = Trainer(args=args, train_dataset=[{}] * 8, **adapt(BertForSequenceClassification(config), args, "lp_ft"))
+        >>> keywords = adapt(BertForSequenceClassification(config), args, "lp_ft")
+        >>> trainer = Trainer(args=args, train_dataset=[{}] * 8, **keywords)
         >>> attach(trainer)
         >>> print(preview(trainer).splitlines()[-1].split())
         ['6', '6.00', 'encoder.layer.1,', 'encoder.layer.0,', 'embeddings', '4', '249,322', '0.1']

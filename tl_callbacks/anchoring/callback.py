@@ -133,19 +133,13 @@ class WeightAnchoring(TransferCallback):
     ) -> None:
         """Register the hooks that pull, or say that there is nothing to pull."""
         self.restore(kwargs["model"])
-        if self._weights is None:
-            raise RuntimeError(
-                "WeightAnchoring was added after the Trainer was made and has no reference. Pass it as "
-                "Trainer(callbacks=[...]), or call attach(trainer) before trainer.train()."
-            )
         self._anchored = self._pair(kwargs["model"], kwargs["optimizer"])
-        if not self._anchored:
-            warnings.warn(
-                f"{self!r} anchors nothing. Leave it out, or raise `strength`.", NoEffectWarning, stacklevel=2
-            )
-            return
-        self._register(kwargs["model"], kwargs["optimizer"])
-        announce(self._summary(), state)
+        if self._anchored:
+            self._register(kwargs["model"], kwargs["optimizer"])
+            announce(self._summary(), state)
+        else:
+            message = f"{self!r} anchors nothing. Leave it out, or raise `strength`."
+            warnings.warn(message, NoEffectWarning, stacklevel=2)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -215,7 +209,11 @@ class WeightAnchoring(TransferCallback):
         self._model = weakref.ref(model)
 
     def _pair(self, model: nn.Module, optimizer: Optimizer) -> list[_Anchored]:
-        assert self._weights is not None
+        if self._weights is None:
+            raise RuntimeError(
+                "WeightAnchoring was added after the Trainer was made and has no reference. Pass it as "
+                "Trainer(callbacks=[...]), or call attach(trainer) before trainer.train()."
+            )
         strengths = self._strengths(model)
         parameters = parameters_by_name(model)
         holder = {id(p): group for group in optimizer.param_groups for p in group["params"]}

@@ -28,6 +28,15 @@ class LayerwiseOptimizer:
         args: the Trainer's arguments; rates, betas, weight decay and `optim` are read from them when it is built.
         groups: the layer groups.
         scales: group name to ratio to `args.learning_rate`.
+
+    Example:
+        >>> import tempfile
+        >>> from tl_callbacks import group_layers
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> args = TrainingArguments(tempfile.mkdtemp(), learning_rate=0.1, use_cpu=True)
+        >>> optimizer = LayerwiseOptimizer(args, group_layers(model), {"0": 0.5, "head": 1.0}).build(model)
+        >>> [(group["name"], group["lr"]) for group in optimizer.param_groups if group["weight_decay"] == 0]
+        [('head', 0.1), ('head (no decay)', 0.1), ('0', 0.05), ('0 (no decay)', 0.05)]
     """
 
     def __init__(self, args: TrainingArguments, groups: LayerGroups, scales: Mapping[str, float]) -> None:

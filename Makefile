@@ -1,0 +1,36 @@
+# Each target sets up .venv when it is missing; PYTHON names the interpreter that makes it (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test test-all check bench wheel clean
+
+demo: .venv/demo.done
+	$(BIN)/python recipes/compare.py --output_dir runs/demo $(if $(QUICK),--num_seeds 1 --label_counts 50,)
+
+test: .venv/dev.done
+	$(BIN)/python -m pytest
+
+test-all: .venv/dev.done
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: .venv/dev.done
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest tests/test_architecture.py
+
+bench: .venv/dev.done
+	$(BIN)/python -m tests.benchmarks
+
+wheel: .venv/dev.done
+	$(BIN)/python -m build --outdir dist
+
+clean:
+	rm -rf .venv dist build runs
+
+# torch first: where no CPU build is offered beside the default one, this is the download that takes time.
+.venv/%.done: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	touch $@
