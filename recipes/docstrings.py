@@ -62,8 +62,9 @@ def load_docstrings(
 
     A text is the first paragraph of the docstring of a public function, class or method, without
     the names of the packages. Exact duplicates are removed, and texts that occur in two packages.
-    Near-duplicates are clustered, and a cluster goes to one split whole, or to none. All choices
-    follow hashes of the content: the same installed packages give the same splits.
+    Near-duplicates are clustered, and a cluster goes to one split or to none: whole to `train`, by
+    one of its texts to `test`, whose texts so are independent. All choices follow hashes of the
+    content: the same installed packages give the same splits.
 
     Args:
         packages: top-level packages, one class each, less those that are not installed; `python`
@@ -229,12 +230,15 @@ def _split_clusters(
     order = sorted(members.values(), key=lambda rows: _hash("\n".join(texts[row] for row in rows)))
     room = {split: Counter(dict.fromkeys(labels, count)) for split, count in counts.items()}
     clusters = {split: {} for split in counts}
-    for number, rows in enumerate(order):
-        needed = Counter(labels[row] for row in rows)
-        split = next((split for split in counts if needed <= room[split]), None)
-        if split is not None:
-            room[split] -= needed
-            clusters[split].update(dict.fromkeys(rows, number))
+    for number, cluster in enumerate(order):
+        for split in counts:
+            # Intervals over test texts take them for independent: one text stands for its cluster there.
+            rows = cluster[:1] if split == "test" else cluster
+            needed = Counter(labels[row] for row in rows)
+            if needed <= room[split]:
+                room[split] -= needed
+                clusters[split].update(dict.fromkeys(rows, number))
+                break
     return clusters
 
 

@@ -49,24 +49,31 @@ def _initialised_anew(model: nn.Module, args: TrainingArguments, strategy: str) 
 
 def probe(model: nn.Module, args: TrainingArguments) -> Built:
     """Train the head alone, on frozen features."""
+    _need_head(model, "probe")
     return _top(model, args, 0)
 
 
 def head(model: nn.Module, args: TrainingArguments) -> Built:
     """Initialise the head anew and train it alone, on frozen features."""
-    groups = group_layers(model)
-    if groups.head is None:
-        raise ValueError(
-            f"`head` initialises the head anew, but {type(model).__name__} has no head of its own. Load the model with "
-            "a task head (AutoModelFor...), or use `probe`."
-        )
+    head_parameters = _need_head(model, "head")
     anew = parameters_by_name(_initialised_anew(model, args, "head"))
     parameters = parameters_by_name(model)
     with torch.no_grad():
-        for name in groups[groups.head].parameters:
+        for name in head_parameters:
             parameters[name].copy_(anew[name])
     keywords, summary = _top(model, args, 0)
     return keywords, f"initialises the head anew and {summary}"
+
+
+def _need_head(model: nn.Module, strategy: str) -> tuple[str, ...]:
+    """Return the names of the head's parameters; refuse a model without a head of its own."""
+    groups = group_layers(model)
+    if groups.head is None:
+        raise ValueError(
+            f"`{strategy}` trains the head alone, but {type(model).__name__} has no head of its own. Load the model "
+            "with a task head (AutoModelFor...), or use `top_k`."
+        )
+    return groups[groups.head].parameters
 
 
 def top_k(model: nn.Module, args: TrainingArguments, *, k: int = 2) -> Built:
@@ -80,7 +87,7 @@ def top_k(model: nn.Module, args: TrainingArguments, *, k: int = 2) -> Built:
 
 def _top(model: nn.Module, args: TrainingArguments, k: int) -> Built:
     groups = group_layers(model)
-    count = k + 1 if groups.head is not None else max(1, k)
+    count = k + (groups.head is not None)
     trained, frozen = groups.names[-count:], groups.names[:-count]
     unfreezing = GradualUnfreezing(groups, at_steps([0] * (count - 1)), keep_frozen=frozen)
     return _keywords(model, args, groups, [unfreezing]), f"trains {', '.join(reversed(trained))}; the rest stays frozen"

@@ -1,6 +1,7 @@
 """What would go wrong, found before step 1: all findings at once."""
 
 import copy
+import warnings
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ def frozen_by_hand(model: nn.Module) -> list[str]:
     """Return the parameters that a script froze: the model's own class, made anew, would train them.
 
     What a model freezes itself, the base under PEFT adapters, quantised weights and what this package froze are none
-    of them. A module that is no `PreTrainedModel` cannot be made anew; what is frozen in it counts as its own.
+    of them. A model that cannot be made anew from a config leaves the question open: a warning names what is frozen.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -73,16 +74,29 @@ def frozen_by_hand(model: nn.Module) -> list[str]:
     """
     ours = frozen_by_us(model)
     suspects = [n for n, p in parameters_by_name(model).items() if not p.requires_grad and n not in ours]
-    if (
-        not suspects
-        or is_peft(model)
-        or not isinstance(model, PreTrainedModel)
-        or getattr(model, "is_quantized", False)
-    ):
+    if not suspects or is_peft(model) or getattr(model, "is_quantized", False):
         return []
-    with torch.device("meta"):
-        anew = parameters_by_name(type(model)(copy.deepcopy(model.config)))
+    anew = _made_anew(model)
+    if anew is None:
+        warnings.warn(
+            f"`{suspects[0]}` and {len(suspects) - 1} other parameters of {type(model).__name__} require no gradient "
+            "and will never be opened. If the script froze them, remove that and use keep_frozen=[...].",
+            UserWarning,
+            stacklevel=4,
+        )
+        return []
     return [name for name in suspects if name not in anew or anew[name].requires_grad]
+
+
+def _made_anew(model: nn.Module) -> dict[str, nn.Parameter] | None:
+    """Return the parameters of a new model of the same class and config, without memory; None if it cannot be made."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    try:
+        with torch.device("meta"):
+            return parameters_by_name(type(model)(copy.deepcopy(model.config)))
+    except (TypeError, ValueError, RuntimeError):  # a class of the user's that takes more than a config
+        return None
 
 
 def _frozen_by_hand(model: nn.Module) -> list[str]:

@@ -243,7 +243,10 @@ def test_a_readable_file_outside_tests_adds_its_texts(small):
     with pytest.raises(ValueError, match="package `alpha` has 4 distinct texts"):
         load_small(train_per_class=4)
     (small / "alpha" / "more.py").write_text(NOT_READ, encoding="utf-8")
-    (small / "beta" / "more.py").write_text(NOT_READ.replace("file", "stone"), encoding="utf-8")
+    other = NOT_READ.replace(
+        "This sentence lies in a file that must not be read", "Nobody has seen a stone fly upwards"
+    )
+    (small / "beta" / "more.py").write_text(other, encoding="utf-8")
     assert load_small(train_per_class=4)["train"].num_rows == 8
 
 
@@ -252,12 +255,17 @@ def test_near_duplicates_share_a_side_even_across_packages(small):
     (small / "beta" / "more.py").write_text(NOT_READ.replace("lies", "lay"), encoding="utf-8")
     sides = {}
     for threshold in (0.65, 1.0):
-        splits = load_small(test_per_class=2, threshold=threshold)
+        splits = load_small(threshold=threshold)
         rows = [(name, row) for name, split in splits.items() for row in split]
         pair = [(name, row["cluster"]) for name, row in rows if "must not be" in row["text"]]
-        assert len(pair) == 2
         sides[threshold] = len(set(pair))
     assert sides == {0.65: 1, 1.0: 2}
+
+
+def test_one_text_stands_for_its_cluster_in_test(splits):
+    assert len(set(splits["test"]["cluster"])) == splits["test"].num_rows
+    assert len(set(splits["train"]["cluster"])) < splits["train"].num_rows
+    assert not set(splits["test"]["cluster"]) & set(splits["train"]["cluster"])
 
 
 @pytest.mark.parametrize("n", [9, 50, 200])

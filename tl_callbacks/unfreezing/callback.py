@@ -79,6 +79,7 @@ class GradualUnfreezing(TransferCallback):
             )
         self._plan: UnfreezePlan | None = None  # derived anew at each train begin from the arguments and the lengths
         self._applied: tuple[str, ...] | None = None
+        self._recorded: Phase | None = None
 
     def __repr__(self) -> str:
         kept = f", keep_frozen={self.keep_frozen}" if self.keep_frozen else ""
@@ -114,6 +115,7 @@ class GradualUnfreezing(TransferCallback):
         """Derive the plan, show it, give the groups their rates and set the freeze state of the present step."""
         if self.trainer is None:
             checks.unattached(self, args)
+        self._recorded = None
         self._plan = self.plan(state.max_steps, steps_per_epoch(kwargs["train_dataloader"], args))
         checks.history(self, self._plan, state)
         checks.effect(self, self._plan, state)
@@ -131,7 +133,9 @@ class GradualUnfreezing(TransferCallback):
         if phase.open != self._applied:
             self._apply(kwargs["model"], phase.open)
             self._rebuild()
-        self._record(kwargs["model"], phase, state)
+        if phase is not self._recorded:
+            self._record(kwargs["model"], phase, state)
+            self._recorded = phase
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
