@@ -128,7 +128,13 @@ def test_only_a_whole_checkpoint_is_resumed_from(tmp_path: Path) -> None:
     attach(trainer)
     trainer.train()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-12")
-    assert last_complete_checkpoint(tmp_path, world_size=2) is None, "two ranks write two random states"
+    random_state = tmp_path / "checkpoint-12" / "rng_state.pth"
+    for rank, expected in enumerate(["checkpoint-8", "checkpoint-12"]):
+        random_state = random_state.rename(random_state.with_name(f"rng_state_{rank}.pth"))
+        if rank:
+            random_state.with_name("rng_state_0.pth").write_bytes(random_state.read_bytes())
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / expected), "two ranks write two random states"
+    assert last_complete_checkpoint(tmp_path, world_size=4) == str(tmp_path / "checkpoint-8")
     state = tmp_path / "checkpoint-12" / "trainer_state.json"
     state.write_text(state.read_text()[:50])
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
@@ -185,3 +191,10 @@ def test_our_rates_and_distances_reach_the_reporters(tmp_path: Path) -> None:
     records = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["step"] for entry in records] == [4, 8, 12]
     assert all({"loss", "grad_norm", "learning_rate"} <= set(entry) for entry in records), "main records undisturbed"
+
+
+def test_a_frozen_parameter_of_a_model_that_cannot_be_made_anew_is_a_warning(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].bias.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"`0\.bias` and 0 other parameters of Sequential require no gradient"):
+        attach(Trainer(model, tiny.arguments(tmp_path)))

@@ -136,11 +136,15 @@ def test_unknown_names_are_refused(strategy: str, options: dict[str, Any], match
 def test_strategies_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
     args = tiny.arguments(tmp_path)
     plain = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    for strategy in ("scratch", "lora", "head"):
+    for strategy in ("scratch", "lora"):
         with pytest.raises(ValueError, match=f"`{strategy}` .*Sequential"):
             adapt(plain, args, strategy)
-    with pytest.raises(ValueError, match="has no head of its own"):
-        adapt(tiny.bert().bert, args, "head")
+    for strategy in ("head", "probe"):
+        with pytest.raises(
+            ValueError, match=f"`{strategy}` trains the head alone, but BertModel has no head of its own"
+        ):
+            adapt(tiny.bert().bert, args, strategy)
+    assert str(adapt(tiny.bert().bert, args, "top_k", k=1)["callbacks"][0]).startswith("strategy top_k: trains encoder")
     adapted = adapt(tiny.bert(), args, "lora")["model"]
     with pytest.raises(ValueError, match="without adapters"):
         adapt(adapted, args, "lora")

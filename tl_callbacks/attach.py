@@ -85,8 +85,9 @@ def _guard_train(trainer: Trainer) -> None:
             resume_from_checkpoint = last_complete_checkpoint(folder, world_size=world_size)
             if resume_from_checkpoint is None:
                 raise ValueError(
-                    f"no checkpoint in `{folder}` was written to its end; expected a folder checkpoint-<step> with "
-                    "weights, optimizer and trainer_state.json. Start without resume_from_checkpoint."
+                    f"no checkpoint in `{folder}` was written to its end by {world_size} or more ranks, or by one; "
+                    "expected a folder checkpoint-<step> with weights, optimizer, random states and "
+                    "trainer_state.json. Start without resume_from_checkpoint, or give the path of one."
                 )
         try:
             return train(resume_from_checkpoint, *args, **kwargs)

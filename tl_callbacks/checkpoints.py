@@ -6,18 +6,19 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model.bin")
+_WEIGHTS = {"model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model.bin"}
 
 
 def last_complete_checkpoint(folder: str | Path, *, world_size: int = 1) -> str | None:
     """Return the path of the last checkpoint that was written to its end, None if there is none.
 
     The Trainer writes `trainer_state.json` last, but each rank its own random state; a checkpoint is whole when the
-    state can be read and weights, optimizer, scheduler and every rank's random state are there.
+    state can be read and weights, optimizer, scheduler and random states are there. A checkpoint of several ranks, but
+    fewer than now, counts as not whole: it cannot be told from one that some ranks did not finish.
 
     Args:
         folder: the Trainer's `output_dir`.
-        world_size: number of ranks that wrote.
+        world_size: number of ranks now.
 
     Example:
         >>> import tempfile
@@ -34,9 +35,11 @@ def last_complete_checkpoint(folder: str | Path, *, world_size: int = 1) -> str 
 
 
 def _is_complete(path: Path, world_size: int) -> bool:
-    random_states = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
-    needed = ["trainer_state.json", "optimizer.pt", "scheduler.pt", *random_states]
-    if not all((path / name).is_file() for name in needed) or not any((path / name).is_file() for name in _WEIGHTS):
+    written = {file.name for file in path.iterdir()}
+    ranks = {f"rng_state_{rank}.pth" for rank in range(max(2, world_size))}
+    if "rng_state.pth" not in written and not ranks <= written:
+        return False
+    if not {"trainer_state.json", "optimizer.pt", "scheduler.pt"} <= written or not written & _WEIGHTS:
         return False
     try:
         json.loads((path / "trainer_state.json").read_text())

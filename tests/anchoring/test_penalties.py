@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tl_callbacks.anchoring import add_penalty_gradient_, distance, half_life, pull_
+from tl_callbacks.anchoring import distance, half_life, penalty_gradient, pull_
 
 
 def test_pull_removes_the_share_of_the_distance() -> None:
@@ -20,12 +20,18 @@ def test_pull_removes_the_share_of_the_distance() -> None:
 
 def test_penalty_gradient_is_autograds() -> None:
     p = torch.randn(7, dtype=torch.float64, requires_grad=True)
-    reference, gradient = torch.randn(7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    reference = torch.randn(7, dtype=torch.float64)
     (0.25 * (p - reference).square().sum()).backward()
     assert p.grad is not None
-    ours = add_penalty_gradient_(gradient.clone(), p.detach(), reference, 0.25)
-    assert torch.allclose(ours, gradient + p.grad, rtol=0, atol=1e-15)
-    assert not torch.allclose(ours, gradient)
+    assert torch.allclose(penalty_gradient(p.detach(), reference, 0.25), p.grad, rtol=0, atol=1e-15)
+    assert float(p.grad.norm()) > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_penalty_gradient_is_zero_at_the_reference_in_any_precision(dtype: torch.dtype) -> None:
+    p = torch.full((3,), 0.05, dtype=dtype)
+    assert not penalty_gradient(p, p.clone(), 0.1).any()
+    assert penalty_gradient(p, torch.zeros_like(p), 0.1).any()
 
 
 @pytest.mark.parametrize("strength", [0.5, 0.1, 0.01, 1e-4])

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from tl_callbacks.anchoring.penalties import add_penalty_gradient_, distance, half_life, pull_
-from tl_callbacks.anchoring.reference import given, snapshot
+from tl_callbacks.anchoring.penalties import distance, half_life, penalty_gradient, pull_
+from tl_callbacks.anchoring.reference import broadcast_, given, snapshot
 from tl_callbacks.callbacks import TransferCallback, announce
 from tl_callbacks.discovery import group_layers
 from tl_callbacks.errors import NoEffectWarning
@@ -35,8 +35,8 @@ class WeightAnchoring(TransferCallback):
     The unit of `strength` is the share of the distance removed per step at the group's peak rate; it follows the
     schedule, but not the size of the rate.
 
-    `form="penalty"` (L2-SP): the loss J + strength * ||theta - theta_pre||^2, exactly: its gradient enters once per
-    optimizer step, before clipping, whatever the accumulation, the number of ranks and the loss scale.
+    `form="penalty"` (L2-SP): the loss J + strength * ||theta - theta_pre||^2, exactly: the gradients of each optimizer
+    step start at the penalty's, whatever the accumulation, the number of ranks and the loss scale.
 
     The reference is taken when the Trainer is made, before a resumed run loads its checkpoint. In a PEFT model it is
     the adapter's initial state, that is the base model's function.
@@ -89,7 +89,7 @@ class WeightAnchoring(TransferCallback):
         self._model: Callable[[], nn.Module | None] = lambda: None
         self._handles: list[RemovableHandle] = []
         self._anchored: list[_Anchored] = []
-        self._fired: set[int] = set()
+        self._due = False
         self._loss_scale = 1.0
 
     def __repr__(self) -> str:
@@ -134,6 +134,7 @@ class WeightAnchoring(TransferCallback):
         """Register the hooks that pull, or say that there is nothing to pull."""
         self.restore(kwargs["model"])
         self._anchored = self._pair(kwargs["model"], kwargs["optimizer"])
+        broadcast_({str(place): anchored.reference for place, anchored in enumerate(self._anchored)})
         if self._anchored:
             self._register(kwargs["model"], kwargs["optimizer"])
             announce(self._summary(), state)
@@ -144,7 +145,8 @@ class WeightAnchoring(TransferCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Read the loss scale of this step, by which penalty gradients are multiplied."""
+        """Note that this step's penalty is due; it enters at the first forward, when all that is due is open."""
+        self._due = True
         scaler = getattr(kwargs["optimizer"], "scaler", None)
         self._loss_scale = float(scaler.get_scale()) if scaler is not None and self.form == "penalty" else 1.0
 
@@ -165,7 +167,7 @@ class WeightAnchoring(TransferCallback):
             handle.remove()
         self._handles.clear()
         self._anchored = []
-        self._fired.clear()
+        self._due = False
 
     def distances(self, model: nn.Module) -> dict[str, float]:
         """Return each anchored group's Euclidean distance from the reference, bottom to top.
@@ -226,21 +228,11 @@ class WeightAnchoring(TransferCallback):
         ]
 
     def _register(self, model: nn.Module, optimizer: Any) -> None:
-        inner = getattr(optimizer, "optimizer", optimizer)
         if self.form == "decoupled":
+            inner = getattr(optimizer, "optimizer", optimizer)
             self._handles.append(inner.register_step_pre_hook(self._pull))
-            return
-        waiting = list(self._anchored)
-
-        def register_open(root: nn.Module, inputs: Any) -> None:
-            # Autograd takes hooks of what requires a gradient only: a frozen group's follow when it opens.
-            opened = [anchored for anchored in waiting if anchored.parameter.requires_grad]
-            waiting[:] = [anchored for anchored in waiting if not anchored.parameter.requires_grad]
-            for anchored in opened:
-                self._handles.append(_on_gradient(anchored.parameter, self._penalise(anchored, optimizer)))
-
-        self._handles.append(model.register_forward_pre_hook(register_open))
-        self._handles.append(inner.register_step_pre_hook(self._penalise_idle))
+        else:
+            self._handles.append(model.register_forward_pre_hook(self._seed))
 
     def _pull(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
@@ -251,23 +243,19 @@ class WeightAnchoring(TransferCallback):
             if parameter.grad is not None and peak > 0:
                 pull_(parameter, reference, strength * float(group["lr"]) / peak)
 
-    def _penalise(self, anchored: _Anchored, optimizer: Any) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            if optimizer.gradient_state.sync_gradients and parameter.grad is not None:
-                strength = anchored.strength * self._loss_scale
-                add_penalty_gradient_(parameter.grad, parameter, anchored.reference, strength)
-                self._fired.add(id(parameter))
+    def _seed(self, root: nn.Module, inputs: Any) -> None:
+        """Start the gradients of this step at the penalty's.
 
-        return hook
-
-    def _penalise_idle(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Penalise what had no gradient in the last backward, such as an idle expert. It enters after clipping."""
+        Backward passes add to them, on all ranks alike, so the penalty counts once a step under accumulation, is
+        averaged to itself by DDP, is clipped with the rest, and reaches a parameter that no backward reaches.
+        """
+        if not self._due or not root.training:
+            return
+        self._due = False
         for parameter, reference, strength, _ in self._anchored:
-            if parameter.requires_grad and id(parameter) not in self._fired:
-                if parameter.grad is None:
-                    parameter.grad = parameter.new_zeros(parameter.shape)
-                add_penalty_gradient_(parameter.grad, parameter, reference, strength)
-        self._fired.clear()
+            if parameter.requires_grad:
+                gradient = penalty_gradient(parameter, reference, strength * self._loss_scale)
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def _summary(self) -> str:
         count = sum(anchored.parameter.numel() for anchored in self._anchored)
@@ -283,9 +271,3 @@ class WeightAnchoring(TransferCallback):
             for entry in state.log_history[-8:]
         ):
             self.log({f"tl/anchor/{name}": value for name, value in self.distances(model).items()}, state)
-
-
-def _on_gradient(parameter: Any, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Call `hook` whenever a gradient was accumulated in `parameter`; untyped in torch."""
-    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)
-    return handle

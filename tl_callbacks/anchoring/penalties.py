@@ -1,6 +1,7 @@
 """The operations, on tensors: the decoupled pull, the gradient of the L2-SP penalty, and distances.
 
-None makes a temporary of a parameter's size: on a CPU that is what an anchor would cost.
+The pull makes no temporary of a parameter's size, which on a CPU is most of what an anchor costs; the penalty's is the
+gradient itself.
 """
 
 import math
@@ -30,29 +31,28 @@ def pull_(parameter: Tensor, reference: Tensor, weight: float) -> Tensor:
 
 
 @torch.no_grad()
-def add_penalty_gradient_(gradient: Tensor, parameter: Tensor, reference: Tensor, strength: float) -> Tensor:
-    """Add to `gradient` in place the penalty's, 2 * strength * (parameter - reference).
+def penalty_gradient(parameter: Tensor, reference: Tensor, strength: float) -> Tensor:
+    """Return the gradient of strength * ||parameter - reference||^2, which is 2 * strength * (parameter - reference).
 
-    The penalty is strength * ||parameter - reference||^2, L2-SP.
+    The difference is formed first, so that it is exact where the two are near, in bfloat16 too.
 
     Args:
-        gradient: any shape.
-        parameter: the same shape.
+        parameter: any shape.
         reference: the same shape and dtype.
         strength: factor of the penalty, 0 or more; times the loss scale under a gradient scaler.
 
     Returns:
-        `gradient`.
+        A new tensor of the same shape and dtype.
 
     Example:
-        >>> add_penalty_gradient_(torch.zeros(1), torch.tensor([3.0]), torch.tensor([1.0]), 0.5)
+        >>> penalty_gradient(torch.tensor([3.0]), torch.tensor([1.0]), 0.5)
         tensor([2.])
 
     References:
         Li, Grandvalet and Davoine, "Explicit Inductive Bias for Transfer Learning with Convolutional Networks",
         ICML 2018, equation 4, with alpha = 2 * strength. https://arxiv.org/abs/1802.01483
     """
-    return gradient.add_(parameter, alpha=2 * strength).sub_(reference, alpha=2 * strength)
+    return torch.sub(parameter, reference).mul_(2 * strength)
 
 
 @torch.no_grad()

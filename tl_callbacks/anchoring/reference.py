@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tl_callbacks.names import closest, normalise
@@ -55,3 +56,17 @@ def given(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tensor])
             )
         result[name] = tensors[name].detach().to(parameters[name]).clone()
     return result
+
+
+@torch.no_grad()
+def broadcast_(reference: Mapping[str, Tensor]) -> None:
+    """Give every rank the reference of rank 0, in place, as DDP gives every rank the weights of rank 0.
+
+    Ranks that initialise new weights under different seeds would otherwise be pulled apart.
+
+    Args:
+        reference: parameter name to tensor, the same names in the same order on all ranks.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in reference.values():
+            dist.broadcast(tensor, src=0)

@@ -1,0 +1,443 @@
+"""Trains every cell on the ranks that launched it, and writes what each rank saw: one file per cell and rank.
+
+Launched by `test_ranks.py`, with torch.distributed.run for two ranks and without for one:
+`python worker.py <folder>`.
+"""
+
+import hashlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.distributed import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from tests import tiny
+from tl_callbacks import (
+    GradualUnfreezing,
+    LayerGroups,
+    WeightAnchoring,
+    at_steps,
+    attach,
+    events,
+    group_layers,
+    layerwise_optimizer,
+    slanted_triangular,
+)
+from tl_callbacks.parameters import parameters_by_name
+from tl_callbacks.unfreezing import callback
+from tl_callbacks.unfreezing.reducer import rebuild_reducer
+
+STEPS = 12
+OPENINGS = [3, 6, 9]
+STRENGTH = {"decoupled": 0.05, "penalty": 0.5}
+
+Callbacks = Callable[[LayerGroups, int], list[TrainerCallback]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training.
+
+    Args:
+        callbacks: from the groups and the number of ranks.
+        overrides: training arguments.
+        decay: ratio of neighbouring groups' rates; None: the neutral factory that `attach` installs.
+        openings: steps at which groups open, for the tests.
+        lag: steps from an opening to the first one whose rate is not 0.
+        model: "bert", "lora" or "experts".
+        seeded_by_rank: whether each rank makes other weights, of which DDP keeps the first rank's.
+        trains: number of calls of train().
+        batch: rows of a micro-batch, of all ranks together.
+        seed: of the data.
+        rebuild: what replaces `rebuild_reducer`, the remedy switched off.
+        like: the cell of one process that it must equal; None: itself.
+        tolerance: of the distance from one process, as a ratio to the distance travelled.
+        broken: what must fail: "ranks": the ranks' equality, so that with one process too; "single": the latter alone;
+            "hook": that the communication hook sees what is reduced.
+    """
+
+    callbacks: Callbacks = lambda groups, ranks: []
+    overrides: dict[str, Any] = field(default_factory=dict)
+    decay: float | None = None
+    openings: tuple[int, ...] = ()
+    lag: int = 0
+    model: str = "bert"
+    seeded_by_rank: bool = False
+    trains: int = 1
+    batch: int = 8
+    seed: int = 1
+    rebuild: Callable[[Any], None] = rebuild_reducer
+    like: str | None = None
+    tolerance: float = 1e-10
+    broken: str | None = None
+
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        """Numbers of ranks that train it."""
+        return (1, 2) if self.like is None else (2,)
+
+
+class Interrupt(TrainerCallback):
+    """Raises once, as a user who stops a training does."""
+
+    def __init__(self, step: int) -> None:
+        self.step: int | None = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.step = None
+            raise KeyboardInterrupt
+
+
+class Routed(nn.Module):
+    """A classifier that sends each row to one of two experts; the other one may be idle in a batch."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.accepts_loss_kwargs = False
+        self.encoder = base.bert
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.classifier = base.classifier
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        pooled = self.encoder(input_ids)[1]
+        chosen = input_ids[:, 0] % 2
+        mixed = pooled.clone()
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0]
+            if len(rows):
+                mixed = mixed.index_add(0, rows, expert(pooled[rows]))
+        logits = self.classifier(mixed)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def one_expert_a_rank(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of which every second global batch of 8 has its first half for one expert and its second for the other."""
+    for number, row in enumerate(rows):
+        expert = (number // 4) % 2 if (number // 8) % 2 else number % 2
+        row["input_ids"][0] = row["input_ids"][0] // 2 * 2 + expert
+    return rows
+
+
+class CommHook(TrainerCallback):
+    """Registers a communication hook, as a user's callback would, and counts what passes through it each step."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.numels: list[int] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wrapper = self.trainer.model_wrapped
+        if isinstance(wrapper, nn.parallel.DistributedDataParallel):
+            wrapper.register_comm_hook(None, self.reduce)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.numels.append(0)
+
+    def reduce(self, state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        self.numels[-1] += bucket.buffer().numel()
+        return allreduce_hook(state, bucket)
+
+
+def unfreezing(groups: LayerGroups, ranks: int, **kwargs: Any) -> GradualUnfreezing:
+    openings = kwargs.pop("openings", OPENINGS[: len(groups) - 1])
+    return GradualUnfreezing(groups, at_steps(openings), **kwargs)
+
+
+def nothing(wrapper: Any) -> None:
+    """No rebuild."""
+
+
+def rebuild_without_hooks(wrapper: Any) -> None:
+    """A rebuild that forgets the communication hooks."""
+    parameters, sparse = wrapper._build_params_for_reducer()
+    names = wrapper._build_debug_param_to_name_mapping(parameters)
+    wrapper._ddp_init_helper(parameters, sparse, names, wrapper.static_graph)
+
+
+CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+GRADUAL: Callbacks = lambda g, n: [unfreezing(g, n)]  # noqa: E731
+PENALTY: Callbacks = lambda g, n: [WeightAnchoring(STRENGTH["penalty"], form="penalty")]  # noqa: E731
+ALL: Callbacks = lambda g, n: [unfreezing(g, n, rates="own"), *PENALTY(g, n), WeightAnchoring(0.02)]  # noqa: E731
+THREE = tuple(OPENINGS)
+ACCUMULATION = {"gradient_accumulation_steps": 2}
+SGD = {"optim": "sgd", "learning_rate": 0.5}
+# AdamW turns the rounding noise of a gradient that is zero, the attention keys' bias, into whole steps; a penalty
+# carries them into the norm that clips all gradients. SGD has no such trouble, so there the tolerance stays.
+NOISY = 1e-4
+
+CELLS: dict[str, Cell] = {
+    "all trainable": Cell(),
+    "all trainable, double batch": Cell(batch=16),
+    "all trainable, accumulation": Cell(overrides=ACCUMULATION, like="all trainable, double batch"),
+    "other data": Cell(seed=2, like="all trainable", broken="single"),
+    "unfreezing": Cell(GRADUAL, openings=THREE),
+    "unfreezing, double batch": Cell(GRADUAL, openings=THREE, batch=16),
+    "unfreezing, accumulation": Cell(GRADUAL, ACCUMULATION, openings=THREE, like="unfreezing, double batch"),
+    "unfreezing, no search for unused": Cell(GRADUAL, {"ddp_find_unused_parameters": False}, openings=THREE),
+    "unfreezing, activation checkpointing": Cell(GRADUAL, CHECKPOINTING, openings=THREE),
+    "unfreezing, SGD": Cell(GRADUAL, SGD, openings=THREE),
+    "unfreezing, evaluation": Cell(GRADUAL, {"eval_strategy": "steps", "eval_steps": 2}, openings=THREE),
+    "own rates, layer-wise decay": Cell(lambda g, n: [unfreezing(g, n, rates="own")], decay=0.7, openings=THREE, lag=1),
+    "slanted triangular": Cell(lambda g, n: [unfreezing(g, n, rates=slanted_triangular())], decay=0.7, openings=THREE),
+    "keep frozen": Cell(lambda g, n: [unfreezing(g, n, openings=[3, 6], keep_frozen=["embeddings"])], openings=(3, 6)),
+    "decoupled": Cell(lambda g, n: [WeightAnchoring(STRENGTH["decoupled"])]),
+    "penalty": Cell(PENALTY, tolerance=NOISY),
+    "penalty, SGD": Cell(PENALTY, SGD),
+    "penalty, SGD, double batch": Cell(PENALTY, SGD, batch=16),
+    "penalty, SGD, accumulation": Cell(PENALTY, {**SGD, **ACCUMULATION}, like="penalty, SGD, double batch"),
+    "penalty at every micro-batch": Cell(
+        lambda g, n: [WeightAnchoring(STRENGTH["penalty"] * 2, form="penalty")],
+        {**SGD, **ACCUMULATION},
+        like="penalty, SGD, double batch",
+        broken="single",
+    ),
+    "an expert idle on one rank": Cell(overrides=SGD, model="experts"),
+    "decoupled, an expert idle on one rank": Cell(
+        lambda g, n: [WeightAnchoring(STRENGTH["decoupled"], exclude=())], SGD, model="experts"
+    ),
+    "penalty, an expert idle on one rank": Cell(
+        lambda g, n: [WeightAnchoring(STRENGTH["penalty"], form="penalty", exclude=())], SGD, model="experts"
+    ),
+    "penalty once a rank": Cell(
+        lambda g, n: [WeightAnchoring(STRENGTH["penalty"] * n, form="penalty")],
+        SGD,
+        like="penalty, SGD",
+        broken="single",
+    ),
+    "unfreezing and decoupled": Cell(
+        lambda g, n: [unfreezing(g, n), WeightAnchoring(STRENGTH["decoupled"])], openings=THREE
+    ),
+    "unfreezing and penalty": Cell(lambda g, n: [unfreezing(g, n), *PENALTY(g, n)], SGD, openings=THREE),
+    "penalty and unfreezing": Cell(
+        lambda g, n: [*PENALTY(g, n), unfreezing(g, n)], SGD, openings=THREE, like="unfreezing and penalty"
+    ),
+    "all together": Cell(
+        ALL,
+        {**ACCUMULATION, "eval_strategy": "steps"},
+        decay=0.7,
+        openings=THREE,
+        lag=1,
+        tolerance=NOISY,
+    ),
+    "LoRA": Cell(GRADUAL, openings=(3, 6), model="lora"),
+    "LoRA, activation checkpointing": Cell(GRADUAL, CHECKPOINTING, openings=(3, 6), model="lora", like="LoRA"),
+    "second training": Cell(
+        lambda g, n: [unfreezing(g, n), *PENALTY(g, n)],
+        {**SGD, "ddp_find_unused_parameters": False},
+        openings=THREE,
+        trains=2,
+    ),
+    "training after an interruption": Cell(
+        lambda g, n: [unfreezing(g, n), *PENALTY(g, n), Interrupt(5)],
+        {**SGD, "ddp_find_unused_parameters": False},
+        openings=THREE,
+        trains=2,
+    ),
+    "hook registered before": Cell(lambda g, n: [CommHook(), unfreezing(g, n)], openings=THREE, like="unfreezing"),
+    "hook registered after": Cell(lambda g, n: [unfreezing(g, n), CommHook()], openings=THREE, like="unfreezing"),
+    "another start on each rank": Cell(GRADUAL, openings=THREE, seeded_by_rank=True, like="unfreezing"),
+    "decoupled, another start on each rank": Cell(
+        lambda g, n: [WeightAnchoring(STRENGTH["decoupled"])], seeded_by_rank=True, like="decoupled"
+    ),
+    # Remedies switched off: each must fail the same assertions.
+    "unfreezing, no rebuild": Cell(GRADUAL, openings=THREE, rebuild=nothing, like="unfreezing", broken="ranks"),
+    "accumulation, no rebuild": Cell(
+        GRADUAL,
+        ACCUMULATION,
+        openings=THREE,
+        rebuild=nothing,
+        like="unfreezing, double batch",
+        broken="ranks",
+    ),
+    "activation checkpointing, no rebuild": Cell(
+        GRADUAL,
+        CHECKPOINTING,
+        openings=THREE,
+        rebuild=nothing,
+        like="unfreezing, activation checkpointing",
+        broken="ranks",
+    ),
+    "LoRA, no rebuild": Cell(GRADUAL, openings=(3, 6), model="lora", rebuild=nothing, like="LoRA", broken="ranks"),
+    "hook forgotten": Cell(
+        lambda g, n: [CommHook(), unfreezing(g, n)],
+        openings=THREE,
+        rebuild=rebuild_without_hooks,
+        like="unfreezing",
+        broken="hook",
+    ),
+}
+
+
+class Witness(TrainerCallback):
+    """Records after each step a hash of each group's bytes on this rank. Comes after ours."""
+
+    def __init__(self, groups: dict[str, list[nn.Parameter]]) -> None:
+        self.groups = groups
+        self.hashes: list[dict[str, str]] = []
+        self.begins: list[int] = []
+        self.trainable: list[int] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begins.append(len(self.hashes))
+        self.hashes.append(self._now())
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainable.append(sum(p.numel() for ps in self.groups.values() for p in ps if p.requires_grad))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.hashes.append(self._now())
+
+    def _now(self) -> dict[str, str]:
+        return {
+            name: hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in parameters)).hexdigest()[:16]
+            for name, parameters in self.groups.items()
+        }
+
+
+def make(
+    folder: Path, callbacks: Callbacks, *, ranks: int, cell: Cell, dropout: float = 0.0, **overrides: Any
+) -> tuple[Trainer, Witness]:
+    """A trainer in double precision, so that a sum's order is far below what a wrong sum would change.
+
+    The per-device batch shrinks with the number of ranks, so that the global batches stay the same.
+    """
+    seed = int(os.environ.get("RANK", "0")) if cell.seeded_by_rank else 0
+    model: Any = tiny.bert(layers=2, dropout=dropout, seed=seed)
+    rows = tiny.texts(16 * STEPS, seed=cell.seed)
+    if cell.model == "lora":
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
+    if cell.model == "experts":
+        model, rows = Routed(model), one_expert_a_rank(rows)
+    model = model.double()
+    defaults = {
+        "max_steps": STEPS,
+        "max_grad_norm": 0.05,
+        "learning_rate": 1e-3,
+        "train_sampling_strategy": "sequential",
+        "per_device_train_batch_size": cell.batch // ranks,
+    }
+    args = tiny.arguments(folder, **{**defaults, **cell.overrides, **overrides})
+    groups = group_layers(model)
+    kwargs: dict[str, Any] = {}
+    if cell.decay is not None:
+        kwargs["optimizer_cls_and_kwargs"] = layerwise_optimizer(args, groups, decay=cell.decay)
+    parameters = parameters_by_name(model)
+    witness = Witness({group.name: [parameters[name] for name in group.parameters] for group in groups})
+    ours = callbacks(groups, ranks)
+    trainer = tiny.trainer(model, args, rows, callbacks=[*ours, witness], **kwargs)
+    for hook in ours:
+        if isinstance(hook, CommHook):
+            hook.trainer = trainer
+    return trainer, witness
+
+
+def facts(trainer: Trainer, witness: Witness, start: dict[str, torch.Tensor]) -> dict[str, Any]:
+    model: Any = trainer.model
+    return {
+        "start": start,
+        "end": tiny.state(model),
+        "hashes": witness.hashes,
+        "begins": witness.begins,
+        "trainable": witness.trainable,
+        "events": events.read(trainer.state.log_history, "opening"),
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "reduced": next((c.numels for c in trainer.callback_handler.callbacks if isinstance(c, CommHook)), None),
+    }
+
+
+@contextmanager
+def rebuilding(rebuild: Callable[[Any], None]) -> Iterator[None]:
+    """Let the callback rebuild reducers with another function."""
+    callback.rebuild_reducer = rebuild
+    try:
+        yield
+    finally:
+        callback.rebuild_reducer = rebuild_reducer
+
+
+def run(cell: Cell, folder: Path, ranks: int) -> dict[str, Any]:
+    """Train one cell and return what this rank saw."""
+    trainer, witness = make(folder, cell.callbacks, ranks=ranks, cell=cell)
+    start = tiny.state(trainer.model)
+    attach(trainer)
+    with rebuilding(cell.rebuild):
+        for _ in range(cell.trains):
+            with suppress(KeyboardInterrupt):
+                trainer.train()
+    return facts(trainer, witness, start)
+
+
+class StopAt(TrainerCallback):
+    """Ends a training early, as a user's own limit would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+def resume(folder: Path, ranks: int) -> dict[str, Any]:
+    """Train straight, stop at checkpoint 6 and resume; and resume from the checkpoints around it."""
+    cell = Cell(decay=0.7)
+
+    def train(name: str, source: str | bool | None, *, stop: int | None = None, save: int = 1) -> dict[str, Any]:
+        callbacks: Callbacks = lambda g, n: [*ALL(g, n), *([StopAt(stop)] if stop else [])]  # noqa: E731
+        trainer, witness = make(
+            folder / name, callbacks, ranks=ranks, cell=cell, dropout=0.1, save_strategy="steps", save_steps=save
+        )
+        start = tiny.state(trainer.model)
+        attach(trainer)
+        trainer.train(resume_from_checkpoint=source)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        return facts(trainer, witness, start)
+
+    found = {"straight": train("straight", None)}
+    found["stopped"] = train("killed", None, stop=6, save=6)
+    found["resumed from 6"] = train("killed", True, save=6)
+    for step in (5, 7):
+        found[f"resumed from {step}"] = train(f"from-{step}", str(folder / "straight" / f"checkpoint-{step}"), save=12)
+    return found
+
+
+def unattached(folder: Path, ranks: int) -> dict[str, Any]:
+    """Train without `attach`, and return the error."""
+    trainer, _ = make(folder, GRADUAL, ranks=ranks, cell=Cell())
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+    except RuntimeError as error:
+        return {"error": str(error), "warnings": []}
+    return {"error": None, "warnings": [str(warning.message) for warning in caught]}
+
+
+def main(folder: Path) -> None:
+    """Run all cells of this world size."""
+    torch.set_num_threads(1)
+    world = tiny.arguments(folder)  # joins the process group
+    rank, ranks = world.process_index, world.world_size
+    for name, cell in CELLS.items():
+        if ranks in cell.world_sizes:
+            torch.save(run(cell, folder / "runs" / name, ranks), folder / f"{name}.{rank}.pt")
+    torch.save(resume(folder / "runs" / "resume", ranks), folder / f"resume.{rank}.pt")
+    torch.save(unattached(folder / "runs" / "unattached", ranks), folder / f"unattached.{rank}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
