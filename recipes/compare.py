@@ -43,12 +43,12 @@ from tl_callbacks import adapt, add_to_recipe, attach
 # weights need many small steps to fit the training texts.
 SETTINGS: dict[str, tuple[str, dict[str, Any], float, int, tuple[int, int]]] = {
     "random_probe": ("probe", {}, 5e-2, 16, (32, 48)),
-    "scratch": ("scratch", {}, 4e-4, 8, (150, 340)),
+    "scratch": ("scratch", {}, 3e-4, 8, (170, 350)),
     "probe": ("probe", {}, 5e-2, 16, (32, 48)),
-    "full": ("full", {}, 5e-4, 16, (32, 48)),
+    "full": ("full", {}, 3e-4, 16, (32, 48)),
     "discriminative": ("discriminative", {"decay": 0.8}, 5e-4, 16, (32, 48)),
     "gradual": ("gradual", {"decay": 0.8}, 5e-4, 16, (32, 48)),
-    "anchored": ("anchored", {"strength": 0.01}, 5e-4, 16, (32, 48)),
+    "anchored": ("anchored", {"strength": 0.01}, 3e-4, 16, (32, 48)),
     "lora": ("lora", {"r": 8, "lora_alpha": 16}, 3e-3, 16, (32, 48)),
 }
 CONVERGED = 0.1

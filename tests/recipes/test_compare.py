@@ -1,0 +1,68 @@
+"""The comparison, end to end on a tiny model: every row, its files, and the verdicts."""
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+from compare import SETTINGS, Comparison, main
+from report import ROWS
+from transformers import BertTokenizerFast
+
+from tests import tiny
+from tests.test_attach import SCHEMA
+
+
+def test_every_row_but_the_baseline_has_settings() -> None:
+    assert set(ROWS) == {"tfidf", *SETTINGS}
+
+
+def test_bad_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match="`rows` names `ful`"):
+        Comparison(rows=["ful"])
+    with pytest.raises(ValueError, match="at least one"):
+        Comparison(num_seeds=0)
+
+
+@pytest.mark.slow
+def test_the_comparison_runs_and_leaves_a_run_folder_a_row(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *(chr(n) for n in range(97, 123)),
+        "the",
+        "of",
+        "return",
+    ]
+    model.mkdir()
+    (model / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(str(model / "vocab.txt")).save_pretrained(model)
+    network = tiny.bert(layers=2)
+    network.resize_token_embeddings(len(vocabulary))
+    network.save_pretrained(model)
+    folder = tmp_path / "runs"
+    report = main(
+        Comparison(
+            output_dir=str(folder), model_name_or_path=str(model), label_counts=[20], num_seeds=1, max_seq_length=12
+        )
+    )
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert (folder / "report.png").stat().st_size > 10_000
+    text = (folder / "report.md").read_text()
+    assert all(label in text for label in ROWS.values())
+    assert "Transfer:" in text
+    assert "one seed" in text
+    (cell,) = report["label_counts"]
+    rows = {row["row"]: row for row in cell["rows"]}
+    assert set(rows) == set(ROWS)
+    assert rows["probe"]["trainable_share"] < rows["lora"]["trainable_share"] < rows["gradual"]["trainable_share"] == 1
+    for row in SETTINGS:
+        found = json.loads((folder / f"{row}-20-0" / "recipe.json").read_text())
+        jsonschema.validate(found, SCHEMA)
+        assert found["results"]["test"]["accuracy"] == pytest.approx(rows[row]["accuracy"]["mean"])
+        history = json.loads((folder / f"{row}-20-0" / "trainer_state.json").read_text())["log_history"]
+        assert any("tl/rate/head" in entry for entry in history)
