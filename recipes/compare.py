@@ -43,7 +43,7 @@ from tl_callbacks import adapt, add_to_recipe, attach
 # weights need many small steps to fit the training texts.
 SETTINGS: dict[str, tuple[str, dict[str, Any], float, int, tuple[int, int]]] = {
     "random_probe": ("probe", {}, 5e-2, 16, (32, 48)),
-    "scratch": ("scratch", {}, 3e-4, 8, (170, 350)),
+    "scratch": ("scratch", {}, 3e-4, 8, (140, 300)),
     "probe": ("probe", {}, 5e-2, 16, (32, 48)),
     "full": ("full", {}, 3e-4, 16, (32, 48)),
     "discriminative": ("discriminative", {"decay": 0.8}, 5e-4, 16, (32, 48)),
@@ -200,7 +200,8 @@ def fine_tune(
     attach(trainer)
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
         trainer.train()
-        loss = trainer.evaluate(tokenized(train))["eval_loss"]
+        # Only random weights must have fitted the training texts for the comparison to be fair.
+        loss = trainer.evaluate(tokenized(train))["eval_loss"] if strategy == "scratch" else None
         predictions = trainer.predict(tokenized(test.select(lengths))).predictions.argmax(-1)
     correct = np.empty(test.num_rows, dtype=bool)
     correct[lengths] = predictions == np.array(test["label"])[lengths]
@@ -208,14 +209,14 @@ def fine_tune(
     facts = _facts(
         correct,
         time.process_time() - started,
-        strategy=strategy,
         share=_trainable_share(trainer),
         steps=trainer.state.global_step,
         loss=loss,
         folder=folder,
     )
-    results = {"test": {"accuracy": facts["accuracy"]}, "train": {"loss": loss}}
-    add_to_recipe(folder, task="text-classification", data={"name": "docstrings", "labels": names}, results=results)
+    data = {"name": "docstrings", "labels": names, "train_texts": train.num_rows}
+    results = {"test": {"accuracy": facts["accuracy"]}}
+    add_to_recipe(folder, task="text-classification", data=data, results=results)
     return facts
 
 
@@ -232,7 +233,6 @@ def _facts(
     correct: np.ndarray,
     seconds: float,
     *,
-    strategy: str | None = None,
     share: float | None = None,
     steps: int | None = None,
     loss: float | None = None,
@@ -246,8 +246,7 @@ def _facts(
         "cpu_seconds": seconds,
         "steps": steps,
         "train_loss": loss,
-        # Only random weights must fit the training texts for the comparison to be fair; the others may stop early.
-        "converged": loss < CONVERGED if strategy == "scratch" and loss is not None else None,
+        "converged": None if loss is None else loss < CONVERGED,
         "recipe": folder,
     }
 
