@@ -43,7 +43,7 @@ from tl_callbacks import adapt, add_to_recipe, attach
 # weights need many small steps to fit the training texts.
 SETTINGS: dict[str, tuple[str, dict[str, Any], float, int, tuple[int, int]]] = {
     "random_probe": ("probe", {}, 5e-2, 16, (32, 48)),
-    "scratch": ("scratch", {}, 3e-4, 8, (140, 300)),
+    "scratch": ("scratch", {}, 3e-4, 8, (140, 350)),
     "probe": ("probe", {}, 5e-2, 16, (32, 48)),
     "full": ("full", {}, 3e-4, 16, (32, 48)),
     "discriminative": ("discriminative", {"decay": 0.8}, 5e-4, 16, (32, 48)),

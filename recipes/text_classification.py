@@ -115,10 +115,13 @@ def load_splits(recipe: Recipe, seed: int) -> DatasetDict:
         held = recipe.validation_split_percentage / 100
         parts = splits["train"].train_test_split(test_size=held, seed=seed)
         splits = DatasetDict(train=parts["train"], validation=parts["test"])
-    train, validation = splits["train"], splits["validation"]
+    splits = encode_labels(
+        DatasetDict(train=splits["train"], validation=splits["validation"]), recipe.label_column_name
+    )
     if recipe.max_train_samples is not None:
-        train = train.shuffle(seed=seed).select(range(min(recipe.max_train_samples, train.num_rows)))
-    return encode_labels(DatasetDict(train=train, validation=validation), recipe.label_column_name)
+        train = splits["train"].shuffle(seed=seed)
+        splits["train"] = train.select(range(min(recipe.max_train_samples, train.num_rows)))
+    return splits
 
 
 def encode_labels(splits: DatasetDict, column: str) -> DatasetDict:

@@ -198,3 +198,19 @@ def test_a_frozen_parameter_of_a_model_that_cannot_be_made_anew_is_a_warning(tmp
     model[0].bias.requires_grad_(False)
     with pytest.warns(UserWarning, match=r"`0\.bias` and 0 other parameters of Sequential require no gradient"):
         attach(Trainer(model, tiny.arguments(tmp_path)))
+
+
+def test_a_trainer_that_optimizes_its_loss_keeps_its_optimizer(tmp_path: Path) -> None:
+    class LossTrainer(Trainer):
+        """What sentence-transformers' trainer does: a loss with parameters, and an optimizer over them."""
+
+        loss = torch.nn.Linear(2, 2)
+
+    model = tiny.bert()
+    trainer = LossTrainer(model, tiny.arguments(tmp_path), train_dataset=tiny.texts())
+    attach(trainer)
+    assert trainer.optimizer_cls_and_kwargs is None
+    args = tiny.arguments(tmp_path)
+    optimizer = tl_callbacks.layerwise_optimizer(args, group_layers(model))
+    with pytest.raises(ValueError, match="LossTrainer trains parameters of its loss too"):
+        attach(LossTrainer(model, args, train_dataset=tiny.texts(), optimizer_cls_and_kwargs=optimizer))

@@ -99,6 +99,21 @@ MODELS: dict[str, tuple[Any, tuple[str, ...], str | None]] = {
         ("embeddings", "encoder.layers.0", "encoder.layers.1", "head"),
         "head",
     ),
+    "task model with a new projection": (
+        lambda: transformers.WhisperForAudioClassification(
+            transformers.WhisperConfig(encoder_ffn_dim=8, decoder_ffn_dim=8, **BART)
+        ),
+        ("embeddings", "encoder.layers.0", "encoder.layers.1", "head"),
+        "head",
+    ),
+    "stages of a plain CNN": (
+        lambda: nn.Sequential(
+            *[nn.Sequential(nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2), nn.ReLU()) for _ in range(2)],
+            nn.Sequential(nn.Flatten(), nn.Linear(2, 2)),
+        ),
+        ("0", "1", "head"),
+        "head",
+    ),
     "plain module": (Plain, ("embed", "lstm", "hidden", "head"), "head"),
     "plain module with a parameter": (Bare, ("stem", "body", "head"), "head"),
     "sequential": (lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), ("0", "head"), "head"),
@@ -125,8 +140,40 @@ def test_a_cnn_stage_keeps_its_downsampling_with_the_block_it_feeds() -> None:
     assert not any("downsampling" in name for name in groups["encoder.stages.0.layers.0"].parameters)
 
 
+def test_a_token_that_belongs_to_a_stage_is_in_its_first_block() -> None:
+    with torch.device("meta"):
+        model = transformers.CvtForImageClassification(transformers.CvtConfig())
+    groups = group_layers(model)
+    assert sorted(groups.parameters) == sorted(parameters_by_name(model))
+    assert "cvt.encoder.stages.2.cls_token" in groups["encoder.stages.2.layers.0"].parameters
+
+
 def test_the_final_norm_and_the_pooler_belong_to_the_top_block() -> None:
     assert any("pooler" in name for name in group_layers(tiny.bert())["encoder.layer.2"].parameters)
+
+
+@pytest.mark.parametrize(
+    ("build", "late"),
+    [
+        (lambda: transformers.BartForSequenceClassification(transformers.BartConfig(**BART)), "layernorm_embedding"),
+        (
+            lambda: transformers.DebertaV2ForSequenceClassification(
+                transformers.DebertaV2Config(relative_attention=True, position_buckets=4, **SMALL)
+            ),
+            "rel_embeddings",
+        ),
+        (
+            lambda: transformers.MPNetForSequenceClassification(transformers.MPNetConfig(**SMALL)),
+            "relative_attention_bias",
+        ),
+    ],
+)
+def test_what_is_registered_after_the_blocks_but_works_below_them_is_below(build: Any, late: str) -> None:
+    with torch.device("meta"):
+        groups = group_layers(build())
+    found = [group.name for group in groups for name in group.parameters if late in name]
+    assert found
+    assert all(name.endswith("embeddings") for name in found)
 
 
 def test_a_tied_head_is_shown() -> None:
@@ -153,6 +200,21 @@ def test_prompt_tuning_has_its_prompt_at_the_bottom() -> None:
 def test_wrapped_models_have_the_same_groups() -> None:
     model = tiny.bert()
     assert group_layers(torch.compile(model)) == group_layers(model)  # type: ignore[arg-type]
+
+
+def test_a_model_with_wrapped_parts_has_the_same_groups() -> None:
+    model = tiny.bert()
+    expected = group_layers(model)
+    model.bert.encoder = torch.compile(model.bert.encoder)
+    assert group_layers(model) == expected
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(2, 2)
+            self.head = nn.Linear(2, 2)
+
+    assert group_layers(Outer()).names == ("module", "head")
 
 
 def test_a_model_without_trainable_parameters_is_refused() -> None:

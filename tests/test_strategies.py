@@ -148,3 +148,9 @@ def test_strategies_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> Non
     adapted = adapt(tiny.bert(), args, "lora")["model"]
     with pytest.raises(ValueError, match="without adapters"):
         adapt(adapted, args, "lora")
+
+
+def test_what_is_made_anew_keeps_how_the_trainer_scales_its_loss(tmp_path: Path) -> None:
+    model = tiny.bert()
+    assert model.accepts_loss_kwargs is False
+    assert adapt(model, tiny.arguments(tmp_path), "scratch")["model"].accepts_loss_kwargs is False

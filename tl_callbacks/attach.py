@@ -7,9 +7,11 @@ from transformers import Trainer
 
 from tl_callbacks.checkpoints import last_complete_checkpoint
 from tl_callbacks.discovery import group_layers
+from tl_callbacks.frozen.eval_mode import release
+from tl_callbacks.frozen.state import set_frozen
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.layerwise.factory import layerwise_optimizer, refusal
-from tl_callbacks.preflight import PreflightError, factory_of, our_callbacks, preflight
+from tl_callbacks.preflight import PreflightError, factory_of, has_loss_parameters, our_callbacks, preflight
 from tl_callbacks.recorder import Recorder
 from tl_callbacks.unfreezing.callback import GradualUnfreezing
 
@@ -45,6 +47,9 @@ def attach(trainer: Trainer) -> None:
     if findings := preflight(trainer):
         raise PreflightError(findings)
     assert trainer.model is not None
+    # What an earlier run that was stopped without attach left frozen; the callbacks of this one freeze their own.
+    release(trainer.model)
+    set_frozen(trainer.model, frozenset())
     _give_factory(trainer)
     factory = factory_of(trainer)
     if factory is not None:
@@ -62,7 +67,7 @@ def _give_factory(trainer: Trainer) -> None:
     """Install a neutral factory unless the user gave an optimizer, or one that groups by rules of its own is named."""
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         return
-    if refusal(trainer.args) is None:
+    if refusal(trainer.args) is None and not has_loss_parameters(trainer):
         trainer.optimizer_cls_and_kwargs = layerwise_optimizer(trainer.args, _groups(trainer))  # type: ignore[assignment]
 
 

@@ -43,6 +43,8 @@ def _initialised_anew(model: nn.Module, args: TrainingArguments, strategy: str) 
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
         anew: Any = type(model)(copy.deepcopy(model.config))
+    if hasattr(model, "accepts_loss_kwargs"):  # how the Trainer scales the loss, which a script may have set
+        anew.accepts_loss_kwargs = model.accepts_loss_kwargs
     result: PreTrainedModel = anew.to(device=model.device, dtype=model.dtype)
     return result
 
@@ -69,9 +71,10 @@ def _need_head(model: nn.Module, strategy: str) -> tuple[str, ...]:
     """Return the names of the head's parameters; refuse a model without a head of its own."""
     groups = group_layers(model)
     if groups.head is None:
+        why = "; ".join(groups.notes) or "nothing stands above its blocks"
         raise ValueError(
-            f"`{strategy}` trains the head alone, but {type(model).__name__} has no head of its own. Load the model "
-            "with a task head (AutoModelFor...), or use `top_k`."
+            f"`{strategy}` trains the head alone, but {type(model).__name__} has no head of its own: {why}. Use "
+            "`top_k`, or load the model with a task head (AutoModelFor...)."
         )
     return groups[groups.head].parameters
 

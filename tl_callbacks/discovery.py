@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from tl_callbacks.frozen.state import openable
 from tl_callbacks.groups import LayerGroup, LayerGroups
-from tl_callbacks.names import assign
+from tl_callbacks.names import assign, normalise
 from tl_callbacks.parameters import is_peft, parameters_by_name
 
 
@@ -60,9 +60,11 @@ def group_layers(model: nn.Module, *, patterns: Mapping[str, str] | None = None)
 
     named: dict[str, list[str]] = {}
     taken: set[str] = set()
-    for group_name, path in _parts(_inner(model)):
-        found = [name for name in parameters if name not in taken and _under(name, path)]
-        named.setdefault(group_name, []).extend(found)
+    inner = _inner(model)
+    paths = {id(parameter): path for path, parameter in inner.named_parameters()}  # wrapper parts and all
+    for group_name, part in _parts(inner):
+        found = [n for n, p in parameters.items() if n not in taken and _under(paths.get(id(p), " "), part)]
+        named.setdefault(normalise(f"{group_name}.").removesuffix(".") or group_name, []).extend(found)
         taken.update(found)
     if missing := [name for name in parameters if name not in taken]:
         assert is_peft(model), f"parameters outside every group: {missing}"
@@ -104,9 +106,12 @@ def _parts(model: nn.Module) -> list[tuple[str, str]]:
     is_bare_base = isinstance(model, PreTrainedModel) and "For" not in type(model).__name__
     if len(children) < 2 or is_bare_base or _contains_stack(children[-1][1]):
         return body
-    # No prefix says what the head is: it is the last child, unless the blocks are in it.
-    head = children[-1][0]
-    return [(group, path) for group, path in body if not _under(path, head)] + [("head", head)]
+    # No prefix says what the head is: it is the last child, unless the blocks are in it; in a task model of
+    # transformers all that follows the blocks, such as a new projection before the classifier.
+    after = next((n for n, (_, child) in enumerate(reversed(children)) if _contains_stack(child)), 1)
+    heads = [name for name, _ in children[-(after if isinstance(model, PreTrainedModel) else 1) :]]
+    rest = [(group, path) for group, path in body if not any(_under(path, head) for head in heads)]
+    return rest + [("head", head) for head in heads]
 
 
 def _under(path: str, ancestor: str) -> bool:
@@ -124,11 +129,16 @@ def _body(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
     first = next(number for number, (block, _, _) in enumerate(walked) if block)
     stem = "embeddings" if any(_embeds(module, part, path) for _, part, _ in walked[:first]) else "stem"
     below = None
+    bottom: dict[str, str] = {}  # of each tower: where an embedding goes that is registered after its blocks
     for block, part, tower in walked:
+        in_stem = below is None and first > 0
+        bottom.setdefault(tower, _join(path, stem) if in_stem else block or _join(tower, "embeddings"))
         if block:
             below = block
         if below is None:
             yield _join(path, stem), part
+        elif not block and _embeds(module, part, path):
+            yield bottom[tower], part  # registered after the blocks, but works below them
         elif block or _under(below, tower):
             yield below, part  # a final norm or a pooler works on the last block's output: same depth, same group
         else:
@@ -137,6 +147,10 @@ def _body(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
 
 def _walk(module: nn.Module, path: str, tower: str) -> Iterator[tuple[str, str, str]]:
     """Yield (block it belongs to or "", path, tower) in the order of registration; bare parameters first."""
+    if _is_stack(module):
+        for number, element in _children(module):
+            yield from _blocks(element, _join(path, number), tower)
+        return
     yield from (("", _join(path, name), tower) for name, _ in module.named_parameters(recurse=False))
     for name, child in _children(module):
         here = _join(path, name)
@@ -157,6 +171,7 @@ def _blocks(element: nn.Module, path: str, tower: str) -> Iterator[tuple[str, st
         return
     blocks = [_join(_join(path, inner), number) for number, _ in _children(element.get_submodule(inner))]
     before = True
+    yield from ((blocks[0], _join(path, name), tower) for name, _ in element.named_parameters(recurse=False))
     for name, _ in _children(element):
         if name == inner:
             yield from ((block, block, tower) for block in blocks)

@@ -121,16 +121,34 @@ def _optimizer(trainer: Trainer) -> list[str]:
     if factory is None:
         return []
     found = []
+    if has_loss_parameters(trainer):
+        found.append(
+            f"{type(trainer).__name__} trains parameters of its loss too, which layerwise_optimizer does not cover. "
+            "Leave optimizer_cls_and_kwargs out; attach(trainer) then keeps the trainer's own optimizer."
+        )
     if factory.args is not trainer.args:
         found.append(
             "layerwise_optimizer was given other arguments than the Trainer; rate and weight decay would have two "
             "sources. Pass the same TrainingArguments object to both."
         )
+    for callback in our_callbacks(trainer):
+        if isinstance(callback, GradualUnfreezing) and callback.groups.groups != factory.groups.groups:
+            first = next(a for a in callback.groups if a not in factory.groups.groups)
+            found.append(
+                f"GradualUnfreezing and layerwise_optimizer were given different groups (`{first.name}` of the former "
+                "is not among the latter's), so rates would not follow the openings. Pass the same LayerGroups to both."
+            )
     try:
         check_groups(factory.groups, trainer.model)
     except ValueError as error:
         found.append(f"layerwise_optimizer: {error}")
     return found
+
+
+def has_loss_parameters(trainer: Trainer) -> bool:
+    """Return whether the trainer holds losses as modules, as sentence-transformers' does, and optimizes them itself."""
+    loss = getattr(trainer, "loss", None)
+    return isinstance(loss, nn.Module | dict)
 
 
 def factory_of(trainer: Trainer) -> LayerwiseOptimizer | None:

@@ -47,8 +47,9 @@ def preview(trainer: Trainer) -> str:
         step = plan.opening_step(group.name) if plan else 0
         return "never" if step is None else str(step)
 
+    kind = getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type)
     lines = [str(callback) for callback in callbacks if isinstance(callback, Strategy)]
-    lines += [f"{max_steps} steps, {steps_per_epoch} an epoch, {trainer.args.lr_scheduler_type} schedule"]
+    lines += [f"{max_steps} steps, {steps_per_epoch} an epoch, {kind} schedule"]
     lines += [groups.describe({"peak rate": rate, "opens at step": opens})]
     lines += [str(plan)] if plan else []
     return "\n".join(lines)

@@ -354,3 +354,19 @@ def test_the_same_callback_in_a_second_trainer_keeps_the_pretrained_reference(tm
         trainer.train()
     assert anchor._weights is not None
     assert tiny.moved({n: start[n] for n in anchor._weights}, anchor._weights) == set()
+
+
+def test_a_strength_that_names_the_head_anchors_it(tmp_path: Path) -> None:
+    model = tiny.bert()
+    anchor = WeightAnchoring({"embeddings": 0.1, "head": 0.1})
+    tiny.trainer(model, tiny.arguments(tmp_path), callbacks=[anchor])
+    assert set(anchor.distances(model)) == {"embeddings", "head"}
+
+
+def test_groups_of_another_model_and_a_second_anchor_are_refused(tmp_path: Path) -> None:
+    groups = group_layers(tiny.bert(layers=4))
+    with pytest.raises(ValueError, match=r"groups name `bert\.encoder\.layer\.3.* does not have \(closest: `bert"):
+        tiny.trainer(tiny.bert(), tiny.arguments(tmp_path), callbacks=[WeightAnchoring(0.1, groups=groups)])
+    callbacks = [WeightAnchoring(0.1), WeightAnchoring(0.2)]
+    with pytest.raises(ValueError, match="several WeightAnchoring"):
+        attach(tiny.trainer(tiny.bert(), tiny.arguments(tmp_path), callbacks=callbacks))

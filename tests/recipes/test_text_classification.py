@@ -156,6 +156,12 @@ def test_empty_data_are_refused() -> None:
         encode_labels(DatasetDict(train=full, validation=empty), "label")
 
 
+def test_a_sample_keeps_all_classes(tmp_path: Path) -> None:
+    splits = load(tmp_path, rows(12), rows(9), max_train_samples=2)
+    assert splits["train"].num_rows == 2
+    assert splits["train"].features["label"].names == ["blue", "green", "red"]
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`train_file` ends in `.txt`; expected one of .csv"):
         load_splits(Recipe(model_name_or_path="m", train_file="a.txt"), 0)

@@ -515,3 +515,31 @@ def test_auto_find_batch_size_trains_again_from_frozen(tmp_path: Path) -> None:
     restart = steps.states[5]
     assert not tiny.moved(restart, steps.states[5 + 8], groups["embeddings"].parameters)
     assert tiny.moved(restart, steps.states[5 + 9], groups["embeddings"].parameters)
+
+
+def test_groups_that_differ_from_the_optimizers_are_refused(tmp_path: Path) -> None:
+    model = tiny.bert()
+    groups = group_layers(model)
+    args = tiny.arguments(tmp_path)
+    merged = layerwise_optimizer(args, groups.merge(["encoder.layer.*"], "encoder"))
+    callbacks = [GradualUnfreezing(groups, every(2))]
+    trainer = tiny.trainer(model, args, callbacks=callbacks, optimizer_cls_and_kwargs=merged)
+    with pytest.raises(ValueError, match=r"different groups \(`encoder.layer.0` of the former"):
+        attach(trainer)
+
+
+def test_another_strategy_after_an_unattached_run_was_stopped_trains_everything(tmp_path: Path) -> None:
+    class Boom(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    model = tiny.bert()
+    callbacks = [GradualUnfreezing(group_layers(model), every(2)), Boom()]
+    with pytest.warns(UserWarning, match="was not attached"), pytest.raises(KeyboardInterrupt):
+        tiny.trainer(model, tiny.arguments(tmp_path), callbacks=callbacks).train()
+    before = tiny.state(model)
+    trainer = tiny.trainer(model, tiny.arguments(tmp_path))
+    attach(trainer)
+    assert not model._forward_pre_hooks
+    trainer.train()
+    assert tiny.moved(before, tiny.state(model), ["bert.embeddings.word_embeddings.weight"])

@@ -169,3 +169,19 @@ def test_own_rates_need_our_groups(tmp_path: Path) -> None:
     attach(trainer)
     with pytest.raises(ValueError, match="needs the groups of layerwise_optimizer"):
         trainer.train()
+
+
+def test_a_late_group_warms_up_under_a_constant_schedule_too(tmp_path: Path) -> None:
+    seen = rates(tmp_path, at_steps([5, 5, 5, 5]), "own", lr_scheduler_type="constant")
+    late = [step["embeddings"] for step in seen[5:]]
+    assert late == pytest.approx([0.0, 5e-3] + [1e-2] * 13), "a tenth of its 15 steps, rounded up"
+    assert {step["head"] for step in seen} == {1e-2}
+
+
+def test_a_stable_schedule_decays_within_a_late_groups_time(tmp_path: Path) -> None:
+    kwargs = {"num_decay_steps": 12}
+    schedule = at_steps([12, 12, 12, 12])
+    seen = rates(tmp_path, schedule, "own", lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs=kwargs)
+    late = [step["embeddings"] for step in seen[12:]]
+    assert max(late) == pytest.approx(1e-2)
+    assert late[-1] < 5e-3

@@ -17,6 +17,7 @@ from tl_callbacks.callbacks import TransferCallback, announce
 from tl_callbacks.discovery import group_layers
 from tl_callbacks.errors import NoEffectWarning
 from tl_callbacks.groups import LayerGroups
+from tl_callbacks.names import closest
 from tl_callbacks.parameters import parameters_by_name
 
 
@@ -47,7 +48,8 @@ class WeightAnchoring(TransferCallback):
         form: "decoupled" or "penalty".
         reference: the pretrained weights by parameter name, such as a `state_dict()`; None: as they are when the
             Trainer is made.
-        exclude: names or patterns of groups without anchor; None: the head group, whose weights are new; (): none.
+        exclude: names or patterns of groups without anchor; None: the head group, whose weights are new, unless
+            `strength` names it; (): none.
         groups: the layer groups; None: `group_layers(model)`.
 
     Raises:
@@ -98,6 +100,8 @@ class WeightAnchoring(TransferCallback):
     def findings(self, trainer: Trainer) -> list[str]:
         """Return what would go wrong: a checkpoint taken for pretrained weights, or no place for the pull to enter."""
         found = []
+        if sum(isinstance(other, WeightAnchoring) for other in trainer.callback_handler.callbacks) > 1:
+            found.append("the Trainer has several WeightAnchoring callbacks; give one a strength per group instead.")
         path = str(getattr(getattr(trainer.model, "config", None), "_name_or_path", ""))
         if self.reference is None and re.search(r"checkpoint-\d+/?$", path):
             found.append(
@@ -198,7 +202,8 @@ class WeightAnchoring(TransferCallback):
     def _strengths(self, model: nn.Module) -> dict[str, float]:
         """Return the strength of each group that is anchored, by name."""
         groups = self._groups(model)
-        excluded = groups.select(self.exclude) if self.exclude is not None else (groups.head,)
+        by_name = isinstance(self.strength, Mapping) and groups.head in self.strength
+        excluded = groups.select(self.exclude) if self.exclude is not None else () if by_name else (groups.head,)
         strengths = groups.by_group(self.strength, default=0.0)
         return {name: value for name, value in strengths.items() if value > 0 and name not in excluded}
 
@@ -207,6 +212,12 @@ class WeightAnchoring(TransferCallback):
             return  # the same model in a second Trainer: its reference is from before it was trained
         strengths = self._strengths(model)
         names = [n for group in self._groups(model) if group.name in strengths for n in group.parameters]
+        known = parameters_by_name(model)
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(
+                f"WeightAnchoring's groups name `{unknown[0]}` and {len(unknown) - 1} other parameters that this model "
+                f"does not have (closest: {closest(unknown[0], known)}). Make them with group_layers(model)."
+            )
         self._weights = snapshot(model, names) if self.reference is None else given(model, names, self.reference)
         self._model = weakref.ref(model)
 
@@ -267,7 +278,7 @@ class WeightAnchoring(TransferCallback):
 
     def _log_distances(self, model: nn.Module, state: TrainerState) -> None:
         if self._anchored and not any(
-            entry["step"] == state.global_step and any(key.startswith("tl/anchor/") for key in entry)
+            entry.get("step") == state.global_step and any(key.startswith("tl/anchor/") for key in entry)
             for entry in state.log_history[-8:]
         ):
             self.log({f"tl/anchor/{name}": value for name, value in self.distances(model).items()}, state)

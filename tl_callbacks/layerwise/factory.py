@@ -91,7 +91,11 @@ class LayerwiseOptimizer:
 
     def facts(self) -> dict[str, Any]:
         """Return what `recipe.json` says of the rates: `optim` and each group's ratio to `args.learning_rate`."""
-        return {"optim": str(self.args.optim), "learning_rate": self.args.learning_rate, "scales": self.scales}
+        return {
+            "optim": str(getattr(self.args.optim, "value", self.args.optim)),
+            "learning_rate": self.args.learning_rate,
+            "scales": self.scales,
+        }
 
 
 def layerwise_optimizer(
@@ -173,7 +177,8 @@ def check_groups(groups: LayerGroups, model: nn.Module) -> dict[str, nn.Paramete
     """Return the model's parameters by name; raise if they are not those of the groups."""
     parameters = openable(model) if is_peft(model) else parameters_by_name(model)
     unknown = [name for name in groups.parameters if name not in parameters]
-    missing = [name for name in parameters if name not in set(groups.parameters)]
+    grouped = set(groups.parameters)
+    missing = [name for name in parameters if name not in grouped]
     if unknown or missing:
         strays = [
             f"`{name}` is in the groups but not in the model (closest: {closest(name, parameters)})" for name in unknown

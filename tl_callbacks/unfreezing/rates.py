@@ -81,13 +81,17 @@ def scheduler_rule(args: TrainingArguments, num_steps: int, *, late: bool) -> Ra
         num_steps: optimizer steps from the group's opening to the end of training.
         late: whether the group opens after step 0 and so needs a warm-up even where `args` has none.
     """
-    warmup = args.get_warmup_steps(num_steps) or (ceil(LATE_WARMUP * num_steps) if late else 0)
+    warmup = min(args.get_warmup_steps(num_steps) or (ceil(LATE_WARMUP * num_steps) if late else 0), num_steps)
+    kind = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    kwargs = dict(cast(dict[str, Any], args.lr_scheduler_kwargs or {}))
+    if "num_decay_steps" in kwargs:  # of warmup_stable_decay, in steps: no longer than the group's own time
+        kwargs["num_decay_steps"] = min(kwargs["num_decay_steps"], num_steps - warmup)
     scheduler: Any = get_scheduler(
-        args.lr_scheduler_type,
+        "constant_with_warmup" if late and kind == "constant" else kind,
         optimizer=SGD([nn.Parameter()], lr=args.learning_rate),
-        num_warmup_steps=min(warmup, num_steps),
+        num_warmup_steps=warmup,
         num_training_steps=num_steps,
-        scheduler_specific_kwargs=cast(dict[str, Any] | None, args.lr_scheduler_kwargs),
+        scheduler_specific_kwargs=kwargs or None,
     )
     rule: Rate = scheduler.lr_lambdas[0]
     return rule
