@@ -26,9 +26,10 @@ EVENT = "opening"
 class GradualUnfreezing(TransferCallback):
     """Opens layer groups from the head downwards while a Trainer trains, and keeps the others frozen.
 
-    Frozen means: no gradient, no weight decay, no dropout, no moving BatchNorm statistics. It protects the general
-    lower layers from the large gradients of a fresh head, and steps are cheaper until the lower groups open. It is
-    no accuracy method once the rates are right; see the method card.
+    Frozen means: no gradient, no weight decay, and the group's modules in eval mode, so no dropout and no moving
+    BatchNorm statistics in them. It protects the general lower layers from the large gradients of a fresh head, and
+    steps are cheaper until the lower groups open. It is no accuracy method once the rates are right; see the method
+    card.
 
     Call `attach(trainer)` before training: it is exact under DDP and when a run resumes, and it checks the set-up.
     After training every parameter requires a gradient again that did before.
