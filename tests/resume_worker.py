@@ -69,7 +69,6 @@ SETTINGS: dict[str, Setting] = {
     "all together": Setting(
         lambda groups: [
             *unfreezing(OPENINGS, rates="own")(groups),
-            *anchoring(0.05, "decoupled")(groups),
             *anchoring(0.5, "penalty")(groups),
         ],
         decay=0.7,

@@ -54,7 +54,7 @@ def preflight(trainer: Trainer) -> list[str]:
             f"{trainer.args.n_gpu} devices in one process make the Trainer use DataParallel, which copies the model at "
             "every step. Launch one process a device with accelerate launch or torchrun."
         )
-    return found
+    return list(dict.fromkeys(found))  # two callbacks may find the same
 
 
 def frozen_by_hand(model: nn.Module) -> list[str]:

@@ -168,7 +168,7 @@ def rebuild_without_hooks(wrapper: Any) -> None:
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 GRADUAL: Callbacks = lambda g, n: [unfreezing(g, n)]  # noqa: E731
 PENALTY: Callbacks = lambda g, n: [WeightAnchoring(STRENGTH["penalty"], form="penalty")]  # noqa: E731
-ALL: Callbacks = lambda g, n: [unfreezing(g, n, rates="own"), *PENALTY(g, n), WeightAnchoring(0.02)]  # noqa: E731
+ALL: Callbacks = lambda g, n: [unfreezing(g, n, rates="own"), *PENALTY(g, n)]  # noqa: E731
 THREE = tuple(OPENINGS)
 ACCUMULATION = {"gradient_accumulation_steps": 2}
 SGD = {"optim": "sgd", "learning_rate": 0.5}

@@ -404,7 +404,7 @@ def test_two_unfreezing_callbacks_are_refused(tmp_path: Path) -> None:
     groups = group_layers(model)
     callbacks = [GradualUnfreezing(groups, every(2)), GradualUnfreezing(groups, every(3))]
     trainer = tiny.trainer(model, tiny.arguments(tmp_path), callbacks=callbacks)
-    with pytest.raises(ValueError, match="several GradualUnfreezing"):
+    with pytest.raises(ValueError, match="found 1 problem:\n- the Trainer has several GradualUnfreezing"):
         attach(trainer)
 
 
