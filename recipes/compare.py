@@ -190,7 +190,9 @@ def fine_tune(
         seed=seed,
     )
     set_seed(seed)
-    network = AutoModelForSequenceClassification.from_pretrained(model, num_labels=len(names))
+    network = AutoModelForSequenceClassification.from_pretrained(
+        model, num_labels=len(names), ignore_mismatched_sizes=True
+    )
     if row == "random_probe":
         network = adapt(network, args, "scratch")["model"]
     keywords = adapt(network, args, strategy, **options)
