@@ -45,6 +45,13 @@ class Steps(TrainerCallback):
         self.training.append({name: module.training for name, module in kwargs["model"].named_modules()})
 
 
+class Boom(TrainerCallback):
+    """Stops the run as a user does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
 def run(
     model: nn.Module,
     folder: Path,
@@ -245,10 +252,6 @@ def test_after_training_the_model_is_as_the_user_had_it(tmp_path: Path) -> None:
 
 
 def test_after_an_exception_the_model_is_as_the_user_had_it(tmp_path: Path) -> None:
-    class Boom(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            raise KeyboardInterrupt
-
     model = tiny.bert()
     callbacks = [GradualUnfreezing(group_layers(model), every(2)), Boom()]
     trainer = tiny.trainer(model, tiny.arguments(tmp_path), callbacks=callbacks)
@@ -260,10 +263,6 @@ def test_after_an_exception_the_model_is_as_the_user_had_it(tmp_path: Path) -> N
 
 
 def test_a_second_trainer_on_a_model_that_an_unattached_run_left_frozen(tmp_path: Path) -> None:
-    class Boom(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            raise KeyboardInterrupt
-
     model = tiny.bert()
     callbacks = [GradualUnfreezing(group_layers(model), every(2)), Boom()]
     trainer = tiny.trainer(model, tiny.arguments(tmp_path), callbacks=callbacks)
@@ -529,10 +528,6 @@ def test_groups_that_differ_from_the_optimizers_are_refused(tmp_path: Path) -> N
 
 
 def test_another_strategy_after_an_unattached_run_was_stopped_trains_everything(tmp_path: Path) -> None:
-    class Boom(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            raise KeyboardInterrupt
-
     model = tiny.bert()
     callbacks = [GradualUnfreezing(group_layers(model), every(2)), Boom()]
     with pytest.warns(UserWarning, match="was not attached"), pytest.raises(KeyboardInterrupt):
