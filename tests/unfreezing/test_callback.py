@@ -188,6 +188,16 @@ def test_a_hand_made_freeze_never_moves_what_it_opens_and_is_refused(tmp_path: P
         attach(trainer)
 
 
+def test_a_hand_made_freeze_is_refused_without_attach_too(tmp_path: Path) -> None:
+    model = tiny.bert()
+    model.bert.requires_grad_(False)
+    trainer = tiny.trainer(
+        model, tiny.arguments(tmp_path), callbacks=[GradualUnfreezing(group_layers(model), every(2))]
+    )
+    with pytest.raises(ValueError, match="were frozen by hand"):
+        trainer.train()
+
+
 def test_what_a_model_freezes_itself_is_no_error_and_never_opens(tmp_path: Path) -> None:
     from transformers import PegasusConfig, PegasusForConditionalGeneration
 

@@ -115,7 +115,7 @@ class GradualUnfreezing(TransferCallback):
     ) -> None:
         """Derive the plan, show it, give the groups their rates and set the freeze state of the present step."""
         if self.trainer is None:
-            checks.unattached(self, args)
+            checks.unattached(kwargs["model"], args)
         self._recorded = None
         self._plan = self.plan(state.max_steps, steps_per_epoch(kwargs["train_dataloader"], args))
         checks.history(self, self._plan, state)

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from tl_callbacks import events
 from tl_callbacks.errors import NoEffectWarning
+from tl_callbacks.frozen.by_hand import hand_frozen_findings
 from tl_callbacks.frozen.state import openable
 from tl_callbacks.parameters import parameters_by_name
 from tl_callbacks.unfreezing.plan import UnfreezePlan
@@ -53,17 +54,20 @@ def _outside(names: list[str]) -> str:
     )
 
 
-def unattached(callback: "GradualUnfreezing", args: TrainingArguments) -> None:
+def unattached(model: nn.Module, args: TrainingArguments) -> None:
     """Warn that the callback was not attached; refuse where it cannot be exact without.
 
     Raises:
         RuntimeError: the training runs on several processes, or is sharded.
+        ValueError: parameters were frozen by hand.
     """
     if args.world_size > 1 or args.fsdp or args.deepspeed:
         raise RuntimeError(
             f"GradualUnfreezing was not attached, and the training runs on {args.world_size} processes; it cannot "
             "be exact there without the Trainer's wrapper. Call attach(trainer) before trainer.train()."
         )
+    if findings := hand_frozen_findings(model):
+        raise ValueError(findings[0])
     warnings.warn(
         "GradualUnfreezing was not attached: set-up errors go unnoticed, and rates are not logged. Call "
         "attach(trainer) before trainer.train().",
