@@ -1,10 +1,13 @@
 """What would go wrong, found before step 1: all findings at once."""
 
+import itertools
+
 from torch import nn
 from transformers import Trainer
 
 from tl_callbacks.callbacks import TransferCallback
 from tl_callbacks.frozen.by_hand import hand_frozen_findings
+from tl_callbacks.groups import LayerGroups
 from tl_callbacks.layerwise.factory import LayerwiseOptimizer, check_groups, refusal
 from tl_callbacks.unfreezing.callback import GradualUnfreezing
 
@@ -72,18 +75,25 @@ def _optimizer(trainer: Trainer) -> list[str]:
             "layerwise_optimizer was given other arguments than the Trainer; rate and weight decay would have two "
             "sources. Pass the same TrainingArguments object to both."
         )
-    for callback in our_callbacks(trainer):
-        if isinstance(callback, GradualUnfreezing) and callback.groups.groups != factory.groups.groups:
-            first = next(a for a in callback.groups if a not in factory.groups.groups)
-            found.append(
-                f"GradualUnfreezing and layerwise_optimizer were given different groups (`{first.name}` of the former "
-                "is not among the latter's), so rates would not follow the openings. Pass the same LayerGroups to both."
-            )
+    found += [
+        f"GradualUnfreezing and layerwise_optimizer were given different groups (first difference: {first}), so rates "
+        "would not follow the openings. Pass the same LayerGroups to both."
+        for callback in our_callbacks(trainer)
+        if isinstance(callback, GradualUnfreezing) and (first := _first_difference(callback.groups, factory.groups))
+    ]
     try:
         check_groups(factory.groups, trainer.model)
     except ValueError as error:
         found.append(f"layerwise_optimizer: {error}")
     return found
+
+
+def _first_difference(one: LayerGroups, other: LayerGroups) -> str | None:
+    """Return the names of the first groups, bottom to top, that differ in name or parameters; None if none do."""
+    for a, b in itertools.zip_longest(one, other):
+        if a is None or b is None or (a.name, a.parameters) != (b.name, b.parameters):
+            return " against ".join(f"`{group.name}`" if group else "none" for group in (a, b))
+    return None
 
 
 def has_loss_parameters(trainer: Trainer) -> bool:

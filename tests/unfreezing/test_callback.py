@@ -526,14 +526,25 @@ def test_auto_find_batch_size_trains_again_from_frozen(tmp_path: Path) -> None:
     assert tiny.moved(restart, steps.states[5 + 9], groups["embeddings"].parameters)
 
 
-def test_groups_that_differ_from_the_optimizers_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda groups: groups.merge(["encoder.layer.*"], "encoder"), "`encoder.layer.0` against `encoder`"),
+        (
+            lambda g: LayerGroups((g["encoder.layer.0"], g["embeddings"], *g[2:]), g.head),
+            "`embeddings` against `encoder.layer.0`",
+        ),
+    ],
+    ids=["merged", "another order"],
+)
+def test_groups_that_differ_from_the_optimizers_are_refused(change: Any, match: str, tmp_path: Path) -> None:
     model = tiny.bert()
     groups = group_layers(model)
     args = tiny.arguments(tmp_path)
-    merged = layerwise_optimizer(args, groups.merge(["encoder.layer.*"], "encoder"))
+    optimizer = layerwise_optimizer(args, change(groups))
     callbacks = [GradualUnfreezing(groups, every(2))]
-    trainer = tiny.trainer(model, args, callbacks=callbacks, optimizer_cls_and_kwargs=merged)
-    with pytest.raises(ValueError, match=r"different groups \(`encoder.layer.0` of the former"):
+    trainer = tiny.trainer(model, args, callbacks=callbacks, optimizer_cls_and_kwargs=optimizer)
+    with pytest.raises(ValueError, match=f"different groups .*{match}"):
         attach(trainer)
 
 
