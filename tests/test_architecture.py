@@ -12,7 +12,8 @@ FILES = sorted((ROOT / "tl_callbacks").rglob("*.py"))
 MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in FILES}
 
 # Ground, methods, roof: each layer imports what is below it only, and methods not each other.
-GROUND = {"errors", "events", "names", "groups", "parameters", "frozen", "discovery", "callbacks", "checkpoints"}
+GROUND = {"errors", "events", "names", "tables", "groups", "parameters", "frozen", "discovery", "timm_layers"}
+GROUND |= {"callbacks", "checkpoints"}
 METHODS = {"layerwise", "unfreezing", "anchoring"}
 ROOF = {"preflight", "recorder", "attach", "bundles", "strategies", "previewing"}
 

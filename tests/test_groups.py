@@ -114,7 +114,7 @@ MODELS: dict[str, tuple[Any, tuple[str, ...], str | None]] = {
         ("0", "1", "head"),
         "head",
     ),
-    "plain module": (Plain, ("embed", "lstm", "hidden", "head"), "head"),
+    "plain module": (Plain, ("embeddings", "lstm.0", "lstm.1", "head"), "head"),
     "plain module with a parameter": (Bare, ("stem", "body", "head"), "head"),
     "sequential": (lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), ("0", "head"), "head"),
 }  # fmt: skip

@@ -16,7 +16,7 @@ from tl_callbacks.anchoring.callback import WeightAnchoring
 from tl_callbacks.discovery import group_layers
 from tl_callbacks.frozen.state import openable
 from tl_callbacks.groups import LayerGroups
-from tl_callbacks.layerwise.factory import layerwise_optimizer
+from tl_callbacks.layerwise.factory import NoDecay, layerwise_optimizer
 from tl_callbacks.names import closest
 from tl_callbacks.parameters import is_peft, parameters_by_name
 from tl_callbacks.unfreezing.callback import GradualUnfreezing
@@ -82,7 +82,7 @@ def _need_head(model: nn.Module, strategy: str) -> tuple[str, ...]:
 def top_k(model: nn.Module, args: TrainingArguments, *, k: int = 2) -> Built:
     """Train the head and the top `k` groups below it."""
     groups = group_layers(model)
-    below = len(groups) - (groups.head is not None)
+    below = len(groups.levels) - (groups.head is not None)
     if not 1 <= k <= below:
         raise ValueError(f"`k` is {k}; expected the number of groups below the head to train, from 1 to {below}.")
     return _top(model, args, k)
@@ -91,7 +91,10 @@ def top_k(model: nn.Module, args: TrainingArguments, *, k: int = 2) -> Built:
 def _top(model: nn.Module, args: TrainingArguments, k: int) -> Built:
     groups = group_layers(model)
     count = k + (groups.head is not None)
-    trained, frozen = groups.names[-count:], groups.names[:-count]
+    trained, frozen = (
+        [group.name for level in levels for group in level]
+        for levels in (groups.levels[-count:], groups.levels[:-count])
+    )
     unfreezing = GradualUnfreezing(groups, at_steps([0] * (count - 1)), keep_frozen=frozen)
     return _keywords(model, args, groups, [unfreezing]), f"trains {', '.join(reversed(trained))}; the rest stays frozen"
 
@@ -101,14 +104,15 @@ def gradual(
     args: TrainingArguments,
     *,
     schedule: UnfreezeSchedule | Mapping[str, Any] | None = None,
-    decay: float = 0.9,
+    decay: float | Mapping[str, float] = 0.9,
     head_factor: float = 1.0,
     rates: str | SlantedTriangular | Mapping[str, Any] = "own",
     keep_frozen: Sequence[str] = (),
 ) -> Built:
     """Open the groups downwards, each at its own rate."""
     groups = group_layers(model)
-    openings = len(groups) - 1 - len(groups.select(keep_frozen))
+    kept = groups.select(keep_frozen)
+    openings = sum(any(group.name not in kept for group in level) for level in groups.levels[:-1])
     if schedule is None:
         schedule = at_fractions([round(0.5 * (place + 1) / max(1, openings), 6) for place in range(openings)])
     unfreezing = GradualUnfreezing(groups, _made(schedule), keep_frozen=keep_frozen, rates=_made(rates))
@@ -128,6 +132,8 @@ def _made(value: Any) -> Any:
     }
     if not isinstance(value, Mapping):
         return value
+    if not set(value) & set(makers) and all(isinstance(one, Mapping) for one in value.values()):
+        return {tower: _made(one) for tower, one in value.items()}  # a schedule for each tower
     if len(value) != 1 or (name := next(iter(value))) not in makers:
         near = closest(str(next(iter(value), "")), makers)
         raise ValueError(f"{dict(value)} names no schedule or rule; expected one key of {', '.join(makers)} ({near}?).")
@@ -152,12 +158,13 @@ def discriminative(
     model: nn.Module,
     args: TrainingArguments,
     *,
-    decay: float = 0.9,
+    decay: float | Mapping[str, float] = 0.9,
     head_factor: float = 1.0,
     factors: Mapping[str, float] | None = None,
+    no_decay: NoDecay = "trainer",
 ) -> Built:
     """Train everything, each group at its own rate."""
-    keywords = _keywords(model, args, decay=decay, head_factor=head_factor, factors=factors)
+    keywords = _keywords(model, args, decay=decay, head_factor=head_factor, factors=factors, no_decay=no_decay)
     return keywords, "trains everything, each group at its own rate"
 
 

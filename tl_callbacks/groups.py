@@ -3,6 +3,7 @@
 A value without tensors, so that it can be printed, stored and compared. How a model is read is in `discovery`.
 """
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, overload
 
 from tl_callbacks.names import assign, closest, matches
+from tl_callbacks.tables import table
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class LayerGroup:
         parameters: names as `named_parameters()` gives them, normalised.
         sizes: number of scalars of each parameter, in the same order.
         dtype: dtype of the parameters, comma-separated if there are several.
+        tower: path of the tower it belongs to, in a model with several; "" for what towers share, such as the head.
+        beside: whether it stands beside the group before it: in a parallel tower, at the same depth from the output.
 
     Example:
         >>> LayerGroup("head", ("classifier.weight", "classifier.bias")).name
@@ -31,6 +35,8 @@ class LayerGroup:
     parameters: tuple[str, ...]
     sizes: tuple[int, ...] = ()
     dtype: str = ""
+    tower: str = ""
+    beside: bool = False
 
     @property
     def num_parameters(self) -> int:
@@ -79,6 +85,8 @@ class LayerGroups(Sequence[LayerGroup]):
                     f"{what} `{twice[0]}` occurs {items.count(twice[0])} times; expected each exactly once. "
                     f"Remove the repetition{f' (and {len(twice) - 1} more)' if len(twice) > 1 else ''}."
                 )
+        if self.groups and self.groups[0].beside:
+            raise ValueError(f"group `{self.names[0]}` is the first and stands beside none; set beside=False.")
         empty = [group.name for group in self.groups if not group.parameters]
         if empty or not self.groups:
             which = f"group `{empty[0]}` has no parameters" if empty else "there are no groups"
@@ -98,6 +106,20 @@ class LayerGroups(Sequence[LayerGroup]):
     def parameters(self) -> tuple[str, ...]:
         """Names of all parameters, bottom to top."""
         return tuple(name for group in self.groups for name in group.parameters)
+
+    @property
+    def levels(self) -> tuple[tuple[LayerGroup, ...], ...]:
+        """Groups by depth, bottom to top; a level holds more than one group where towers run in parallel.
+
+        Rates and schedules count levels, so that parallel towers, aligned by depth from the output, are treated alike.
+        """
+        starts = [place for place, group in enumerate(self.groups) if not group.beside]
+        return tuple(self.groups[start:end] for start, end in itertools.pairwise([*starts, len(self.groups)]))
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """Names of the towers, in the order of their lowest groups; empty where there is only one."""
+        return tuple(dict.fromkeys(group.tower for group in self.groups if group.tower))
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -182,11 +204,14 @@ class LayerGroups(Sequence[LayerGroup]):
                 "the order bottom to top. Merge what lies between them too."
             )
         members = self.groups[first : first + len(chosen)]
+        towers = {group.tower for group in members}
         merged = LayerGroup(
             name,
             tuple(parameter for group in members for parameter in group.parameters),
             tuple(size for group in members for size in group.sizes),
             ", ".join(sorted({dtype for group in members for dtype in group.dtype.split(", ") if dtype})),
+            tower=towers.pop() if len(towers) == 1 else "",
+            beside=members[0].beside,
         )
         head = name if self.head in chosen else self.head
         rest = self.groups[first + len(chosen) :]
@@ -212,8 +237,14 @@ class LayerGroups(Sequence[LayerGroup]):
         place = self.groups.index(group)
         size = dict(zip(group.parameters, group.sizes, strict=True))
         parts = tuple(
-            LayerGroup(new, found, tuple(size[parameter] for parameter in found), group.dtype)
-            for new, found in assign(group.parameters, patterns).items()
+            replace(
+                group,
+                name=new,
+                parameters=found,
+                sizes=tuple(size[parameter] for parameter in found),
+                beside=group.beside and number == 0,
+            )
+            for number, (new, found) in enumerate(assign(group.parameters, patterns).items())
         )
         head = parts[-1].name if self.head == group.name else self.head
         return replace(self, groups=(*self.groups[:place], *parts, *self.groups[place + 1 :]), head=head)
@@ -225,6 +256,9 @@ class LayerGroups(Sequence[LayerGroup]):
             columns: further columns, title to a function of the group.
         """
         total = sum(group.num_parameters for group in self.groups) or 1
+        if len(self.levels) < len(self.groups):
+            level = {group.name: str(number) for number, level in enumerate(self.levels) for group in level}
+            columns = {"level": lambda group: level[group.name], **(columns or {})}
         rows = [["group", "parameters", "share", "dtype", *(columns or {})]]
         rows += [
             [
@@ -255,26 +289,9 @@ class LayerGroups(Sequence[LayerGroup]):
         try:
             value: dict[str, Any] = json.loads(text)
             groups = tuple(
-                LayerGroup(g["name"], tuple(g["parameters"]), tuple(g["sizes"]), g["dtype"]) for g in value["groups"]
+                LayerGroup(**{**g, "parameters": tuple(g["parameters"]), "sizes": tuple(g["sizes"])})
+                for g in value["groups"]
             )
             return LayerGroups(groups, value["head"], tuple(value["notes"]))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"expected the JSON of LayerGroups.to_json(), got something else: {error!r}") from error
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of texts, the first one the titles, as an aligned table; all columns but the first to the right.
-
-    Example:
-        >>> print(table([["group", "step"], ["head", "0"]]))
-        group  step
-        head      0
-    """
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )

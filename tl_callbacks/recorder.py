@@ -4,7 +4,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -13,9 +13,10 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from tl_callbacks.callbacks import TransferCallback, as_json
+from tl_callbacks.discovery.order import watch_order
 from tl_callbacks.frozen.state import openable
 from tl_callbacks.groups import LayerGroups
-from tl_callbacks.parameters import parameters_by_name
+from tl_callbacks.parameters import parameters_by_name, true_size
 
 SCHEMA_VERSION = 1
 RECIPE_NAME = "recipe.json"
@@ -58,7 +59,8 @@ def add_to_recipe(output_dir: str | Path, **facts: Any) -> None:
 class Recorder(TransferCallback):
     """Writes `recipe.json` when training begins and ends, logs all rates, and stops at a loss that is no number.
 
-    `attach` adds it. Rates are read from the optimizer right after the step that used them.
+    `attach` adds it. Rates are read from the optimizer right after the step that used them. In the first forward it
+    checks the order of the groups.
 
     Args:
         groups: the layer groups of the optimizer.
@@ -75,6 +77,7 @@ class Recorder(TransferCallback):
         self.groups = groups
         self.methods = dict(methods)
         self._rates: dict[str, float] = {}
+        self._stop_watching: Callable[[], None] = lambda: None
 
     def __repr__(self) -> str:
         return f"Recorder(methods={list(self.methods)})"
@@ -82,8 +85,14 @@ class Recorder(TransferCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write what is known before step 1."""
+        """Write what is known before step 1, and watch in which order the first forward uses the groups."""
         self._write(args, state, kwargs["model"], "running")
+        if self.groups and state.is_world_process_zero and not args.torch_compile:
+            self._stop_watching = watch_order(kwargs["model"], self.groups)
+
+    def restore(self, model: nn.Module) -> None:
+        """Remove what watches the first forward, if none came."""
+        self._stop_watching()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -151,7 +160,7 @@ def _model_facts(model: nn.Module) -> dict[str, Any]:
         "class": type(model).__name__,
         "name_or_path": getattr(config, "_name_or_path", None) or None,
         "revision": getattr(config, "_commit_hash", None),
-        "num_parameters": sum(parameter.numel() for parameter in parameters_by_name(model).values()),
+        "num_parameters": sum(true_size(parameter) for parameter in parameters_by_name(model).values()),
         "trainable_parameters": sum(parameter.numel() for parameter in openable(model).values()),
         "adapters": {n: as_json(c.to_dict()) for n, c in adapters.items()} if adapters else None,
     }

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,7 +13,9 @@ from tl_callbacks.frozen.state import openable
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.layerwise.scales import layer_scales
 from tl_callbacks.names import closest, normalise
-from tl_callbacks.parameters import is_peft, parameters_by_name
+from tl_callbacks.parameters import dimensions, is_peft, parameters_by_name
+
+NoDecay = Literal["trainer", "1d"]
 
 
 class LayerwiseOptimizer:
@@ -22,12 +24,13 @@ class LayerwiseOptimizer:
     Made by `layerwise_optimizer`. All parameters are in the optimizer from step 0, frozen ones too, so that the
     scheduler, a resumed run and DDP see the same groups throughout. The groups are stored head first, because the
     Trainer logs the rate of group 0 as `learning_rate`. The decay classes are the Trainer's own
-    (`Trainer.get_decay_parameter_names`).
+    (`Trainer.get_decay_parameter_names`), narrowed by `no_decay="1d"`.
 
     Args:
         args: the Trainer's arguments; rates, betas, weight decay and `optim` are read from them when it is built.
         groups: the layer groups.
         scales: group name to ratio to `args.learning_rate`.
+        no_decay: see `layerwise_optimizer`.
 
     Example:
         >>> import tempfile
@@ -39,10 +42,18 @@ class LayerwiseOptimizer:
         [('head', 0.1), ('head (no decay)', 0.1), ('0', 0.05), ('0 (no decay)', 0.05)]
     """
 
-    def __init__(self, args: TrainingArguments, groups: LayerGroups, scales: Mapping[str, float]) -> None:
+    def __init__(
+        self, args: TrainingArguments, groups: LayerGroups, scales: Mapping[str, float], no_decay: NoDecay = "trainer"
+    ) -> None:
+        if no_decay not in get_args(NoDecay):
+            raise ValueError(
+                f"`no_decay` is {no_decay!r}; expected `trainer` (the Trainer's own classes) or `1d` (besides, no "
+                "decay for parameters with fewer than two dimensions). Choose one of the two."
+            )
         self.args = args
         self.groups = groups
         self.scales = dict(scales)
+        self.no_decay = no_decay
         self.trainer: Trainer | None = None
 
     def __repr__(self) -> str:
@@ -65,6 +76,8 @@ class LayerwiseOptimizer:
         optimizer_class, kwargs = source.get_optimizer_cls_and_kwargs(self.args, model)
         decays = {normalise(name) for name in _decay_names(self.trainer, model)}
         parameters = check_groups(self.groups, model)
+        if self.no_decay == "1d":
+            decays -= {name for name, parameter in parameters.items() if dimensions(parameter) < 2}
         param_groups = []
         for group in reversed(self.groups.groups):
             for decay in (True, False):
@@ -90,11 +103,12 @@ class LayerwiseOptimizer:
         return optimizer
 
     def facts(self) -> dict[str, Any]:
-        """Return what `recipe.json` says of the rates: `optim` and each group's ratio to `args.learning_rate`."""
+        """Return what `recipe.json` says of the rates: `optim`, each group's ratio, and what has no weight decay."""
         return {
             "optim": str(getattr(self.args.optim, "value", self.args.optim)),
             "learning_rate": self.args.learning_rate,
             "scales": self.scales,
+            "no_decay": self.no_decay,
         }
 
 
@@ -102,9 +116,10 @@ def layerwise_optimizer(
     args: TrainingArguments,
     groups: LayerGroups,
     *,
-    decay: float = 1.0,
+    decay: float | Mapping[str, float] = 1.0,
     head_factor: float = 1.0,
     factors: Mapping[str, float] | None = None,
+    no_decay: NoDecay = "trainer",
 ) -> tuple[LayerwiseOptimizer, dict[str, Any]]:
     """Return the value for `Trainer(optimizer_cls_and_kwargs=...)` that gives each layer group its own rate.
 
@@ -115,15 +130,18 @@ def layerwise_optimizer(
     Args:
         args: the Trainer's arguments: the only source of rate, betas, weight decay and `optim`.
         groups: the layer groups of the model, from `group_layers`.
-        decay: ratio of neighbouring groups' rates, downwards, in (0, 1]; 0.9 is usual, ULMFiT's is 1 / 2.6.
+        decay: ratio of neighbouring levels' rates, downwards, in (0, 1]; 0.9 is usual, ULMFiT's is 1 / 2.6. With
+            several towers also a mapping, one ratio each: `{"vision_tower": 0.8, "language_model": 0.9}`.
         head_factor: ratio of the head's rate to what it would have, above 0.
         factors: anchored patterns of group names to ratios to `args.learning_rate`; they replace the result.
+        no_decay: which parameters get no `args.weight_decay`: `trainer` for those that the plain Trainer spares (biases
+            and norms, by name), `1d` for these and all with fewer than two dimensions, whatever their names.
 
     Returns:
         A factory and its empty keyword arguments.
 
     Raises:
-        ValueError: see `layer_scales`; and, when the optimizer is made, groups of another model.
+        ValueError: see `layer_scales`; `no_decay` is neither; and, when the optimizer is made, groups of another model.
 
     Example:
         >>> import tempfile
@@ -140,7 +158,7 @@ def layerwise_optimizer(
         https://arxiv.org/abs/1801.06146
     """
     scales = layer_scales(groups, decay=decay, head_factor=head_factor, factors=factors)
-    return LayerwiseOptimizer(args, groups, scales), {}
+    return LayerwiseOptimizer(args, groups, scales, no_decay), {}
 
 
 def refusal(args: TrainingArguments) -> str | None:

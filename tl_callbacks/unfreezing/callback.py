@@ -1,6 +1,6 @@
 """The adapter: decides when groups open during a Trainer's training, on every rank at once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
@@ -11,11 +11,12 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from tl_callbacks import events
 from tl_callbacks.callbacks import TransferCallback, announce
+from tl_callbacks.discovery.order import watch_order
 from tl_callbacks.frozen.eval_mode import keep_in_eval, release
 from tl_callbacks.frozen.state import set_frozen
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.unfreezing import checks
-from tl_callbacks.unfreezing.plan import Phase, UnfreezePlan, make_plan, steps_per_epoch
+from tl_callbacks.unfreezing.plan import Phase, UnfreezePlan, by_tower, make_plan, steps_per_epoch
 from tl_callbacks.unfreezing.rates import SlantedTriangular, group_rates, replace_rates
 from tl_callbacks.unfreezing.reducer import rebuild_reducer
 from tl_callbacks.unfreezing.schedule import UnfreezeSchedule
@@ -36,7 +37,9 @@ class GradualUnfreezing(TransferCallback):
 
     Args:
         groups: the layer groups, from `group_layers`.
-        schedule: when they open: `every`, `at_steps`, `at_fractions`, `per_epoch` or `staged`.
+        schedule: when they open: `every`, `at_steps`, `at_fractions`, `per_epoch` or `staged`. It counts levels, so
+            parallel towers open side by side; a mapping of tower names (or other patterns of group names) to schedules
+            opens each by its own.
         keep_frozen: names or anchored patterns of groups that never open; the schedule counts only the others.
         rates: "shared": all groups follow the Trainer's schedule, so a group that opens late starts at an already
             decayed rate; "own": each group goes through that schedule over its own time, with a warm-up from its
@@ -62,7 +65,7 @@ class GradualUnfreezing(TransferCallback):
     def __init__(
         self,
         groups: LayerGroups,
-        schedule: UnfreezeSchedule,
+        schedule: UnfreezeSchedule | Mapping[str, UnfreezeSchedule],
         *,
         keep_frozen: Sequence[str] = (),
         rates: Literal["shared", "own"] | SlantedTriangular = "shared",
@@ -73,14 +76,16 @@ class GradualUnfreezing(TransferCallback):
         self.schedule = schedule
         self.keep_frozen = groups.select(keep_frozen)
         self.rates = rates
-        if groups.names[-1] in self.keep_frozen:
+        if all(group.name in self.keep_frozen for group in groups.levels[-1]):
             raise ValueError(
                 f"`keep_frozen` holds `{groups.names[-1]}`, the top group, which is open from step 0 in every "
                 "schedule. Leave it out."
             )
+        by_tower(groups, schedule, [name for name in groups.names if name not in self.keep_frozen])
         self._plan: UnfreezePlan | None = None  # derived anew at each train begin from the arguments and the lengths
         self._applied: tuple[str, ...] | None = None
         self._recorded: Phase | None = None
+        self._stop_watching: Callable[[], None] = lambda: None
 
     def __repr__(self) -> str:
         kept = f", keep_frozen={self.keep_frozen}" if self.keep_frozen else ""
@@ -115,7 +120,7 @@ class GradualUnfreezing(TransferCallback):
     ) -> None:
         """Derive the plan, show it, give the groups their rates and set the freeze state of the present step."""
         if self.trainer is None:
-            checks.unattached(kwargs["model"], args)
+            self._begin_unattached(kwargs["model"], args)
         self._recorded = None
         self._plan = self.plan(state.max_steps, steps_per_epoch(kwargs["train_dataloader"], args))
         checks.history(self, self._plan, state)
@@ -146,6 +151,7 @@ class GradualUnfreezing(TransferCallback):
 
     def restore(self, model: nn.Module) -> None:
         """Open everything this package froze and remove the hook. Safe to call twice."""
+        self._stop_watching()
         release(model)
         set_frozen(model, frozenset())
         self._applied = None
@@ -158,6 +164,11 @@ class GradualUnfreezing(TransferCallback):
             "rates": repr(self.rates) if isinstance(self.rates, SlantedTriangular) else self.rates,
             "plan": self._plan.facts() if self._plan else None,
         }
+
+    def _begin_unattached(self, model: nn.Module, args: TrainingArguments) -> None:
+        checks.unattached(model, args)
+        if not args.torch_compile:
+            self._stop_watching = watch_order(model, self.groups)
 
     def _open_at_start(self) -> tuple[str, ...]:
         # Only a start at step 0 matters here, so any length serves.

@@ -1,6 +1,7 @@
 """What can be wrong with a gradual unfreezing: before training, at its begin, and against what a checkpoint records."""
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -85,7 +86,8 @@ def history(callback: "GradualUnfreezing", plan: UnfreezePlan, state: TrainerSta
     recorded = events.read(state.log_history, "opening")
     if not recorded:
         return
-    if callback.schedule.unit == "fractions" and recorded[-1]["max_steps"] != state.max_steps:
+    schedules = callback.schedule.values() if isinstance(callback.schedule, Mapping) else [callback.schedule]
+    if any(schedule.unit == "fractions" for schedule in schedules) and recorded[-1]["max_steps"] != state.max_steps:
         raise ValueError(
             f"the run was started with max_steps={recorded[-1]['max_steps']} and is resumed with {state.max_steps}, "
             f"but {callback.schedule!r} counts fractions of it. Resume with the same length, or use at_steps([...])."

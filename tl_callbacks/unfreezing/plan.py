@@ -1,12 +1,13 @@
 """The table of openings: a schedule applied to groups and a length of training. Plain Python."""
 
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
 
-from tl_callbacks.groups import LayerGroups, table
+from tl_callbacks.groups import LayerGroups
+from tl_callbacks.tables import table
 from tl_callbacks.unfreezing.schedule import UnfreezeSchedule
 
 
@@ -94,9 +95,12 @@ class UnfreezePlan:
         return "\n".join(lines)
 
 
+Schedules = UnfreezeSchedule | Mapping[str, UnfreezeSchedule]
+
+
 def make_plan(
     groups: LayerGroups,
-    schedule: UnfreezeSchedule,
+    schedule: Schedules,
     keep_frozen: Sequence[str],
     *,
     max_steps: int,
@@ -104,36 +108,92 @@ def make_plan(
 ) -> UnfreezePlan:
     """Return the plan of a schedule over groups.
 
+    A schedule counts levels: groups at one depth of parallel towers open together.
+
     Args:
         groups: the groups, bottom to top.
-        schedule: when how many open.
+        schedule: when how many open; or one schedule for each of several towers, see `by_tower`.
         keep_frozen: names of groups that never open; the schedule counts only the others.
         max_steps: optimizer steps of the training.
         steps_per_epoch: optimizer steps of an epoch, None if unknown.
 
     Raises:
-        ValueError: see `UnfreezeSchedule.in_steps`.
+        ValueError: see `UnfreezeSchedule.in_steps` and `by_tower`.
     """
-    order = [group for group in reversed(groups.groups) if group.name not in set(keep_frozen)]
+    may_open = [name for name in groups.names if name not in set(keep_frozen)]
+    sizes = {group.name: group.num_parameters for group in groups}
+    openings: dict[int, set[str]] = {}
+    factors: dict[int, float] = {}
+    for one, levels in by_tower(groups, schedule, may_open):
+        before = 0
+        for stage in one.in_steps(len(levels), max_steps=max_steps, steps_per_epoch=steps_per_epoch):
+            count = stage.groups or 1
+            opened = [name for level in levels[before:count] for name in level]
+            openings.setdefault(int(stage.start), set()).update(opened)
+            factors[int(stage.start)] = stage.factor
+            before = count
     phases: list[Phase] = []
-    before = 0
-    for stage in schedule.in_steps(len(order), max_steps=max_steps, steps_per_epoch=steps_per_epoch):
-        if stage.start >= max_steps:
-            break
-        count = stage.groups or 1
+    opened_before: set[str] = set()
+    for step in sorted(step for step in openings if step < max_steps):
+        now = opened_before | openings[step]
         phases.append(
             Phase(
-                step=int(stage.start),
-                opened=tuple(group.name for group in reversed(order[before:count])),
-                open=tuple(group.name for group in reversed(order[:count])),
-                num_parameters=sum(group.num_parameters for group in order[:count]),
-                factor=stage.factor,
-                epoch=stage.start / steps_per_epoch if steps_per_epoch else None,
+                step=step,
+                opened=tuple(name for name in may_open if name in now - opened_before),
+                open=tuple(name for name in may_open if name in now),
+                num_parameters=sum(sizes[name] for name in now),
+                factor=factors[step],
+                epoch=step / steps_per_epoch if steps_per_epoch else None,
             )
         )
-        before = count
-    never = tuple(group.name for group in reversed(order[before:]))
+        opened_before = now
+    never = tuple(name for name in may_open if name not in opened_before)
     return UnfreezePlan(tuple(phases), never, tuple(keep_frozen))
+
+
+def by_tower(
+    groups: LayerGroups, schedule: Schedules, may_open: Sequence[str]
+) -> list[tuple[UnfreezeSchedule, list[list[str]]]]:
+    """Return each schedule with the levels that it opens, top to bottom, as lists of group names.
+
+    With one schedule that is all levels. With a mapping of anchored patterns of group or tower names each schedule
+    opens the groups that match; the top level, which all towers share, is open from step 0 in each.
+
+    Raises:
+        ValueError: a group that may open matches no pattern or several, a pattern matches no group, or a schedule
+            changes rates by a factor, which towers cannot do apart.
+
+    Example:
+        >>> from tl_callbacks import LayerGroup, every
+        >>> groups = LayerGroups(tuple(LayerGroup(name, (name,)) for name in ("text.0", "image.0", "head")), "head")
+        >>> [levels for _, levels in by_tower(groups, {"text": every(1), "image": every(9)}, groups.names)]
+        [[['head'], ['text.0']], [['head'], ['image.0']]]
+    """
+    levels = [[group.name for group in level if group.name in may_open] for level in reversed(groups.levels)]
+    levels = [level for level in levels if level]
+    if not isinstance(schedule, Mapping):
+        return [(schedule, levels)]
+    top = set(levels[0])
+    chosen = {pattern: set(groups.select([pattern])) for pattern in schedule}
+    for name in may_open:
+        takers = [pattern for pattern, names in chosen.items() if name in names]
+        if len(takers) > 1 or (not takers and name not in top):
+            how = f"{len(takers)} schedules ({', '.join(takers)})" if takers else "no schedule"
+            raise ValueError(
+                f"group `{name}` has {how}; expected one for each group below the top. Towers: "
+                f"{', '.join(groups.towers) or 'none'}. Name the group in one pattern, or in keep_frozen."
+            )
+    for pattern, one in schedule.items():
+        if any(stage.factor != 1 for stage in one.stages):
+            raise ValueError(
+                f"the schedule of `{pattern}`, {one!r}, changes rates by a factor, which holds for all groups at once. "
+                "Leave the factors out, or use one schedule."
+            )
+    result = []
+    for pattern, one in schedule.items():
+        own = [[name for name in level if name in chosen[pattern]] for level in levels[1:]]
+        result.append((one, [levels[0], *(level for level in own if level)]))
+    return result
 
 
 def steps_per_epoch(dataloader: Iterable[Any], args: TrainingArguments) -> int | None:
