@@ -5,15 +5,15 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all check bench wheel clean
+.PHONY: demo test test-all check bench survey wheel clean
 
 demo: .venv/demo.done
 	$(BIN)/python recipes/compare.py --output_dir runs/demo $(if $(QUICK),--num_seeds 1 --label_counts 50,)
 
-test: .venv/dev.done
+test: .venv/timm.done
 	$(BIN)/python -m pytest
 
-test-all: .venv/dev.done
+test-all: .venv/timm.done
 	$(BIN)/python -m pytest -m "not gpu"
 
 check: .venv/dev.done
@@ -22,11 +22,19 @@ check: .venv/dev.done
 bench: .venv/dev.done
 	$(BIN)/python -m tests.benchmarks
 
+survey: .venv/timm.done
+	$(BIN)/python -m tests.survey_architectures
+
 wheel: .venv/dev.done
 	$(BIN)/python -m build --outdir dist
 
 clean:
 	rm -rf .venv dist build runs
+
+# Beside the environment, not in it: see tests/timm_beside.py.
+.venv/timm.done: .venv/dev.done
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --upgrade --target .venv/timm timm torchvision
+	touch $@
 
 # torch first: where no CPU build is offered beside the default one, this is the download that takes time.
 .venv/%.done: pyproject.toml constraints.txt

@@ -10,6 +10,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+from tests import timm_beside
+
+timm_beside.make_importable()
 torch.set_num_threads(1)
 
 

@@ -8,6 +8,8 @@ import torch
 import transformers
 from torch import nn
 
+pytest.importorskip("timm", reason="timm is no dependency; make installs it")
+
 from tests.survey_architectures.timm_families import FAMILIES, WITHOUT_A_MATCHER, build, first_use, judge, survey
 from tl_callbacks.timm_layers import classifier_parameters, timm_parts
 

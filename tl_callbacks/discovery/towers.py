@@ -17,6 +17,7 @@ _BELOW = re.compile(
 _READERS = (
     (re.compile(r"quer(y|ies)|ref(erence)?_?point"), re.compile(r"decoder|former|perceiver|resampler")),
     (re.compile(r"^level_embed"), re.compile(r"encoder")),
+    (re.compile(r"quantiz"), re.compile(r"decoder")),
 )
 _ABOVE = re.compile(
     r"unembed|final|^ln_f$|^norm_f$|ln_post|norm_post|post_?(layer)?norm|_out$|^out_|^head|_heads?$|classif|pool|logit|predict|"
@@ -190,7 +191,8 @@ def _place(module: nn.Module, place: int, name: str, segments: list[_Segment], p
     own = [segment for segment in segments if segment.modality and _MODALITIES[segment.modality].search(name)]
     others = [segment for segment in segments if segment.modality not in (None, "text")]
     if len(kinds) > 1 and others and bridge and (not own or _TO_TEXT.search(name)):
-        before, after = others[-1:], []
+        others[-1].layout.add_above(full)
+        return
     elif len(segments) > 1 and len(own) == 1:
         before, after = (own, []) if not below or above else ([], own)
     if not above and (not before or (below and not after)):
