@@ -41,6 +41,16 @@ class Bare(nn.Module):
         self.head = nn.Linear(2, 2)
 
 
+class HeadFirst(nn.Module):
+    """A head that is registered before the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(4, 2)
+        self.embed = nn.Embedding(4, 4)
+        self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(4, 2, 4) for _ in range(2)])
+
+
 MODELS: dict[str, tuple[Any, tuple[str, ...], str | None]] = {
     "text encoder": (
         lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL)),
@@ -115,6 +125,36 @@ MODELS: dict[str, tuple[Any, tuple[str, ...], str | None]] = {
         "head",
     ),
     "plain module": (Plain, ("embeddings", "lstm.0", "lstm.1", "head"), "head"),
+    "structure of arrays": (
+        lambda: transformers.XLMForSequenceClassification(
+            transformers.XLMConfig(vocab_size=50, emb_dim=8, n_layers=2, n_heads=2, max_position_embeddings=8)
+        ),
+        ("embeddings", "attentions.0", "attentions.1", "head"),
+        "head",
+    ),
+    "stages in arrays": (
+        lambda: transformers.SegformerForImageClassification(
+            transformers.SegformerConfig(
+                depths=[1, 2], num_encoder_blocks=2, hidden_sizes=[8, 8], sr_ratios=[1, 1], patch_sizes=[3, 3],
+                strides=[2, 2], num_attention_heads=[2, 2], mlp_ratios=[2, 2], decoder_hidden_size=8,
+            )
+        ),
+        ("stages.0.blocks.0", "stages.1.blocks.0", "stages.1.blocks.1", "head"),
+        "head",
+    ),
+    "nested task model": (
+        lambda: transformers.EncoderDecoderModel(
+            transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
+                transformers.BertConfig(**SMALL), transformers.BertConfig(**SMALL, tie_word_embeddings=False)
+            )
+        ),
+        (
+            "embeddings", "encoder.encoder.layer.0", "encoder.encoder.layer.1", "decoder.embeddings",
+            "decoder.bert.encoder.layer.0", "decoder.bert.encoder.layer.1", "head",
+        ),
+        "head",
+    ),
+    "plain module with a head registered first": (HeadFirst, ("embeddings", "blocks.0", "blocks.1", "head"), "head"),
     "plain module with a parameter": (Bare, ("stem", "body", "head"), "head"),
     "sequential": (lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), ("0", "head"), "head"),
 }  # fmt: skip
@@ -190,6 +230,40 @@ def test_peft_groups_hold_what_the_adapters_train() -> None:
     assert groups.names == ("encoder.layer.0", "encoder.layer.1", "encoder.layer.2", "head")
     assert groups["head"].parameters == ("classifier.modules_to_save.weight", "classifier.modules_to_save.bias")
     assert "the base under the adapters" in str(groups)
+
+
+def test_adapters_of_every_kind_leave_the_dead_copies_out() -> None:
+    config = LoraConfig(target_modules=["query"], modules_to_save=["classifier", "pooler"], use_dora=True)
+    model = get_peft_model(tiny.bert(), config)
+    groups = group_layers(model)
+    assert not any("original_module" in name or "base_layer" in name for name in groups.parameters)
+    owner = {name: group.name for group in groups for name in group.parameters}
+    saved = {name: group for name, group in owner.items() if "modules_to_save" in name}
+    assert set(saved.values()) == {"encoder.layer.2", "head"}
+    assert owner["bert.encoder.layer.1.attention.self.query.lora_magnitude_vector.weight"] == "encoder.layer.1"
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert {normalise(name) for name in frozen}.isdisjoint(groups.parameters)
+
+
+def test_packed_weights_count_by_their_true_size() -> None:
+    class State:
+        shape = (16, 16)
+
+    model = tiny.bert()
+    weight = model.bert.encoder.layer[0].attention.self.query.weight
+    before = group_layers(model)["encoder.layer.0"].num_parameters
+    weight.data = torch.zeros(128, 1)  # two 4-bit numbers to a byte, as bitsandbytes packs them
+    weight.quant_state = State()  # type: ignore[attr-defined]
+    assert group_layers(model)["encoder.layer.0"].num_parameters == before
+
+
+def test_what_the_model_never_trains_has_no_group_of_its_own() -> None:
+    config = transformers.MarianConfig(vocab_size=50, pad_token_id=0, **BART)
+    groups = group_layers(transformers.MarianMTModel(config))
+    assert groups.names == ("embeddings", *(f"{part}.layers.{n}" for part in ("encoder", "decoder") for n in (0, 1)))
+    assert "model.decoder.embed_positions.weight" in groups["decoder.layers.0"].parameters
+    assert "is tied to `model.shared.weight`" in str(groups)
+    assert "`embeddings` holds weights that `decoder.embeddings`, `head` use too" in str(groups)
 
 
 def test_prompt_tuning_has_its_prompt_at_the_bottom() -> None:

@@ -27,13 +27,15 @@ def judged(model: nn.Module) -> Record:
 def own_parameters(model: nn.Module) -> list[str]:
     """Return the parameters that a task model adds, tied ones left out.
 
-    That is what lies outside the module that `base_model_prefix` names. Where the class has none, what follows the last
-    part that is a pretrained model, or that holds a list of blocks.
+    That is what lies outside the module that `base_model_prefix` names and outside other pretrained models. Where the
+    class has none, what follows the last part that is a pretrained model, or that holds a list of blocks.
     """
+    if type(model).__name__.endswith("Backbone"):
+        return []
     children = list(model.named_children())
     prefix = getattr(model, "base_model_prefix", "")
     if prefix in dict(children):
-        own = [name for name, _ in children if name != prefix]
+        own = [name for name, child in children if name != prefix and not hasattr(child, "base_model_prefix")]
     else:
         bodies = [number for number, (_, child) in enumerate(children) if _is_body(child)]
         own = [name for name, _ in children[max(bodies, default=len(children)) + 1 :]]

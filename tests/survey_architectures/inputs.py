@@ -112,7 +112,9 @@ def _pixels(known: Known) -> list[Any]:
     channels, (height, width) = known.channels(), known.image_size()
     if known.takes("image_grid_thw", "grid_thw"):
         patches = _patches(known)
-        return [*patches, patches[0][None]]
+        return [*patches, *(rows[None] for rows in patches)]
+    if known.takes("target_sizes"):
+        return [torch.rand(1, channels, known.patch(), 64 * known.patch())]
     frames = known.get("num_frames", "frames_per_clip")
     still = torch.rand(1, channels, height, width)
     if known.takes("spatial_shapes", "pixel_position_ids"):
@@ -168,7 +170,8 @@ def _grid(known: Known) -> list[Any]:
 def _patches(known: Known) -> list[Any]:
     merge, patch = known.merge(), known.patch()
     wide = known.channels() * (known.get("temporal_patch_size") or 1) * patch * patch
-    return [torch.rand((4 * merge) ** 2, wide), torch.rand((4 * merge) ** 2, known.channels(), patch, patch)]
+    count = (4 * merge) ** 2
+    return [torch.rand(count, wide), torch.rand(count, known.channels(), patch, patch), torch.rand(count, 2 * wide)]
 
 
 def _hidden(known: Known) -> list[Any]:
@@ -229,6 +232,7 @@ MAKERS: dict[str, Maker] = {
     "merge_sizes": lambda known: [torch.tensor([known.merge()])],
     "qformer_input_ids": _ids,
     "spatial_shapes": lambda known: [torch.tensor([[8, 8]])],
+    "target_sizes": lambda known: [torch.tensor([[8, 8]])],
     "pixel_attention_mask": lambda known: [torch.ones(1, 64, dtype=torch.long)],
     "flattened_patches": lambda known: [torch.rand(1, 64, known.channels() * known.patch() ** 2 + 2)],
 }
@@ -236,5 +240,5 @@ RICH = {
     "input_ids", "decoder_input_ids", "pixel_values", "pixel_values_videos", "input_features", "input_values",
     "input_features_mask", "feature_attention_mask", "image_grid_thw", "spatial_shapes", "bbox",
     "future_time_features", "future_values", "input_points", "flattened_patches", "past_time_features",
-    "past_observed_mask",
+    "past_observed_mask", "target_sizes",
 }  # fmt: skip

@@ -136,6 +136,11 @@ def _audio_mel(known: Known) -> Arguments:
     return {"audio_mel": mel, "audio_mel_mask": torch.zeros(1, 64, dtype=torch.bool)}
 
 
+def _cross_attended(known: Known) -> Arguments:
+    text = {"input_ids": _ids(1, TEXT), "attention_mask": _ones(1, TEXT)}
+    return {**text, "pixel_values": _image(known, 1, 1), "image_attention_mask": _ones(1, TEXT, 1)}
+
+
 BY_TYPE: dict[str, Callable[[Known], Arguments]] = {
     "blip_2_qformer": _qformer,
     "bridgetower_vision_model": lambda known: {"image": _image(known)},
@@ -146,6 +151,9 @@ BY_TYPE: dict[str, Callable[[Known], Arguments]] = {
     "gemma3n_audio": _audio_mel,
     "granite_speech_encoder": lambda known: {"hidden_states": torch.rand(1, 64, known.get("input_dim"))},
     "granite_speech_plus_encoder": lambda known: {"hidden_states": torch.rand(1, 64, known.get("input_dim"))},
+    "granite_speech5_ctc": lambda known: {"input_features": torch.rand(1, 64, 4 * known.get("num_mel_bins"))},
+    "granite_speech5_encoder": lambda known: {"input_features": torch.rand(1, 64, 4 * known.get("num_mel_bins"))},
+    "idefics": _cross_attended,
     "idefics2_perceiver": lambda known: {"context": _wide(known, 1, TEXT), "attention_mask": _ones(1, TEXT)},
     "instructblip_qformer": _qformer_with_text,
     "instructblipvideo_qformer": _qformer_with_text,

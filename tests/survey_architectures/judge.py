@@ -73,7 +73,7 @@ def traced(trace: Trace) -> Record:
     starts = _starts(groups, trace)
     disorder = _disorder(groups, starts)
     used = sorted((_marker(group, starts, trace), group.name) for group in groups if _marker(group, starts, trace))
-    wrong, between = _places(groups, starts, trace.order, _core(groups, trace.model))
+    wrong, between = _places(groups, starts, trace)
     return {
         **result,
         "blocks_seen": len(starts),
@@ -123,40 +123,33 @@ def _disorder(groups: LayerGroups, starts: Mapping[str, int]) -> list[list[str]]
     ]
 
 
-def _places(
-    groups: LayerGroups, starts: Mapping[str, int], order: Mapping[str, int], core: Mapping[str, set[str]]
-) -> tuple[list[str], list[str]]:
-    """Return the parameters outside the blocks that stand on the wrong side, and those used between the blocks.
+def _places(groups: LayerGroups, starts: Mapping[str, int], trace: Trace) -> tuple[list[str], list[str]]:
+    """Return the parameters outside the blocks that stand on the wrong side, and those used between the blocks only.
 
-    A stem is on the wrong side if it is first used after the last block of its tower began, what stands with the last
-    block or in the head if it is used before the first block began, what stands with a block in the middle if it is
-    used before the block below or after the block above began. A stem, tail or head that is used while the blocks run
-    (a norm after every layer of a decoder, a projector of intermediate features) has no side; it is told apart.
+    A stem is on the wrong side if it is first used after the last block of its tower began; what stands with the last
+    block or in the head if it is last used before the first block began; what stands with a block in the middle if it
+    is first used before the block below or after the block above began. A stem, tail or head that is used between the
+    blocks (a projector of intermediate features) has no side; it is told apart.
     """
+    core = _core(groups, trace.model)
     tower = {group.name: group.tower for group in groups}
     wrong, between = [], []
     for group in groups:
         blocks = [name for name in starts if tower[name] == group.tower or not group.tower]
+        above = [name for name in groups.names[groups.names.index(group.name) + 1 :] if name in blocks]
+        below = [name for name in groups.names[: groups.names.index(group.name)] if name in blocks]
         if not blocks:
             continue
-        place = blocks.index(group.name) if group.name in blocks else None
         for name in group.parameters:
-            if name in core[group.name] or name not in order:
+            if name in core[group.name] or name not in trace.order:
                 continue
-            moment, first, last = order[name], starts[blocks[0]], starts[blocks[-1]]
-            if place is not None and 0 < place < len(blocks) - 1:
-                bad, inside = not starts[blocks[place - 1]] <= moment <= starts[blocks[place + 1]], False
-            elif place == 0 and len(blocks) > 1:
-                bad, inside = moment > last, moment > starts[blocks[1]]
-            elif place is not None or group.name == groups.head:
-                bad, inside = moment < first, moment < (starts[blocks[-2]] if place else last)
+            begin, end = trace.order[name], trace.last[name]
+            if group.name in blocks and above and below:
+                bad, inside = not starts[below[-1]] <= begin <= starts[above[0]], False
+            elif above:
+                bad, inside = begin > starts[above[-1]], begin > starts[above[0]]
             else:
-                following = [n for n in groups.names[groups.names.index(group.name) :] if n in blocks]
-                bad = bool(following) and moment > starts[following[-1]]
-                inside = bool(following) and moment > starts[following[0]]
-            text = f"{name} in {group.name}"
-            if bad:
-                wrong.append(text)
-            elif inside:
-                between.append(text)
+                bad, inside = end < starts[blocks[0]], end < starts[blocks[-1]]
+            if bad or inside:
+                (wrong if bad else between).append(f"{name} in {group.name}")
     return wrong, between

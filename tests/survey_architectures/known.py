@@ -39,6 +39,11 @@ class Known:
     def image_size(self) -> tuple[int, int]:
         """Return height and width of an image."""
         for part in self.visual():
+            trained_on = str(getattr(part, "architecture", "")).rpartition("_")[2]
+            if trained_on.isdigit():  # a timm model, such as vit_pe_core_large_patch14_336
+                return int(trained_on), int(trained_on)
+            if part.model_type == "pixtral":  # any size will do, and the largest one takes minutes
+                return 16 * part.patch_size, 16 * part.patch_size
             for name in ("image_size", "input_size", "img_size", "resolution", "input_image_size", "max_img_size"):
                 size = getattr(part, name, None)
                 if isinstance(size, int) and size > 8:

@@ -15,6 +15,18 @@ from tl_callbacks.tables import table
 
 FOLDER = Path(__file__).parent
 ENOUGH = 0.9  # the share of the parameters that a pass must have used for its order to be judged
+LARGE = {
+    "albert": "all layers share it",
+    "blt_local_encoder": "the model has one layer and one of cross-attention",
+    "glm_image_vqmodel": "no blocks; it is the codebook",
+    "idefics": "the model itself freezes its language and vision layers; what never trains joins the group above it",
+    "inkling_audio": "the model is one embedding",
+    "mobilevitv2": "the last stage is one layer",
+    "molmo2_adapter": "no blocks; it is a projector",
+    "sam3_lite_text_mask_decoder": "no blocks; it is a feature pyramid",
+    "sam3_mask_decoder": "no blocks; it is a feature pyramid",
+    "swiftformer": "the last stage is one module",
+}
 KINDS = ("text", "text to text", "vision", "audio", "several inputs", "time series", "other")
 
 
@@ -112,7 +124,7 @@ def exceptions(survey: Record) -> list[str]:
         if record.get("blocks", 2) < 2:
             lines.append(f"{name}: {record['blocks']} block")
         if record.get("large"):
-            lines.append(f"{name}: one group holds more than half: {record['large']}")
+            lines.append(f"{name}: one group holds more than half: {record['large']}: {LARGE.get(name, 'unknown')}")
         if record in judged([record]):
             lines += [f"{name}: order: {' before '.join(pair)}" for pair in record["order"]]
             if record["misplaced"]:
@@ -156,7 +168,7 @@ def short(record: Record) -> Record:
 def page(survey: Record) -> str:
     """Return the survey as a page: summary, table by what models read, exceptions."""
     versions = ", ".join(f"{name} {version}" for name, version in survey["versions"].items())
-    figures = [["figure", "value"], *([k, f"{v:.1f}" if v % 1 else f"{v:.0f}"] for k, v in summary(survey).items())]
+    figures = [["figure", "value"], *([k, f"{v:.2f}" if v % 1 else f"{v:.0f}"] for k, v in summary(survey).items())]
     return (
         f"# Layer groups of every architecture\n\n`python -m tests.survey_architectures`, {versions}.\n\n"
         f"```\n{table(figures)}\n```\n\n## By what the models read\n\n```\n{by_kind(survey)}\n```\n\n## Exceptions\n\n"

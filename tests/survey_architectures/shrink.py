@@ -18,7 +18,8 @@ EXPERTS_USED = ("num_experts_per_tok", "moe_top_k", "moe_k", "top_k_experts", "n
 WIDTHS = {
     "hidden_size", "intermediate_size", "d_model", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_embd",
     "moe_intermediate_size", "shared_expert_intermediate_size", "embed_dim", "out_hidden_size", "ffn_hidden_size",
-    "projection_dim", "encoder_hidden_size", "output_dim", "n_inner", "word_embed_proj_dim", "cross_attention_dim",
+    "projection_dim", "encoder_hidden_size", "output_dim", "hidden_dim", "n_inner", "word_embed_proj_dim",
+    "cross_attention_dim",
 }  # fmt: skip
 HEADS = {
     "num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads", "decoder_attention_heads",
@@ -85,6 +86,8 @@ def _cut_layers(part: PreTrainedConfig) -> None:
         _put(part, name, layers)
         if getattr(part, "num_kv_shared_layers", None):
             part.num_kv_shared_layers = 0
+        if getattr(part, "insert_layer_id", -1) >= layers:
+            part.insert_layer_id = layers // 2
 
 
 def _layers(part: PreTrainedConfig, count: int) -> int:

@@ -15,6 +15,8 @@ _SIDE_BY_SIDE = re.compile(
 )
 # Names that say "depth", so that even one block is a stack.
 _DEPTH = re.compile(r"(^|_)(layers?|blocks?|h|stages?|groups)$")
+# Parts of a stage that feed its first block though they are registered after its blocks.
+_FEEDS = re.compile(r"embed|token|group_projector")
 _NUMBERED = re.compile(r"^(.*?)_?(\d+)$")
 
 
@@ -91,8 +93,9 @@ def element_blocks(element: nn.Module, path: str) -> list[Block]:
         return blocks
     names = [name for name, _ in children(element)]
     place = names.index(inner)
-    blocks[0].paths[:0] = [join(path, name) for name in (*own_parameters(element), *names[:place])]
-    blocks[-1].paths += [join(path, name) for name in names[place + 1 :]]
+    first = [name for number, name in enumerate(names) if number < place or _FEEDS.search(name)]
+    blocks[0].paths[:0] = [join(path, name) for name in (*own_parameters(element), *first)]
+    blocks[-1].paths += [join(path, name) for name in names[place + 1 :] if name not in first]
     return blocks
 
 

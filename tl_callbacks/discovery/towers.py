@@ -11,24 +11,37 @@ from tl_callbacks.discovery.blocks import children, contains_stack, join, own_pa
 
 # What works below the blocks though it may be registered after them, and what works above though it may come before.
 _BELOW = re.compile(
-    r"(?<!un)embed(?!ding_(projection|norm)$)|token|position|rel(ative)?_|(^|_)pos_|_pos$|per_layer|^ple$|post_conv"
-)
-# What is fed to a later tower from outside, and the towers that read it.
-_READERS = (
-    (re.compile(r"quer(y|ies)|ref(erence)?_?point"), re.compile(r"decoder|former|perceiver|resampler")),
-    (re.compile(r"^level_embed"), re.compile(r"encoder")),
-    (re.compile(r"quantiz"), re.compile(r"decoder")),
+    r"(?<!un)embed(?!ding_(projection|norm)$)|token|position|rel(ative)?_|(^|_)pos_|_pos$|per_layer|^ple$|^altup_proj|"
+    r"^pre_?(layer)?norm|post_conv_layernorm|^batch_norm$|^conv2d|^conv_s\d|^compress_vit|^proj$|latent_proj|speakers_proj|delta_proj"
 )
 _ABOVE = re.compile(
-    r"unembed|final|^ln_f$|^norm_f$|ln_post|norm_post|post_?(layer)?norm|_out$|^out_|^head|_heads?$|classif|pool|logit|predict|"
-    r"decode_|output|neck|fpn|pan_|lateral|temperature"
+    r"unembed|final|^ln_f$|^norm_f$|^(layer)?norm$|ln_post|norm_post|post_?(layer)?norm|_out$|^out_|^head|_heads?$|"
+    r"classif|pool|logit|predict|decode_|output|neck|fpn|pan_|lateral|temperature|merger|score(?!_token)|quantiz"
+)
+# Norms of one name that some classes apply after the blocks, and others before them.
+_NORM_LAST = {"layer_norm": re.compile(r"StableLayerNorm|Conformer"), "layernorm_embedding": re.compile(r"BigBirdP")}
+# A norm or a convolution of this name works on what was registered just before it.
+_FOLLOWS = re.compile(r"^(LayerNorm|conv_out)$")
+# Names that say which of several towers a part serves, and whether from below.
+_QUERY = re.compile(r"quer(y|ies)|ref(erence)?_?(point|anchor)")
+_SERVES = (
+    (_QUERY, re.compile(r"decoder|former|perceiver|resampler"), True),
+    (re.compile(r"^level_embed"), re.compile(r"encoder"), True),
+    (re.compile(r"^enc(oder)?_(out|score|bbox)"), re.compile(r"encoder"), False),
+    (re.compile(r"quantiz"), re.compile(r"decoder"), True),
+    (re.compile(r"^no_memory"), re.compile(r"vision"), False),
+    (re.compile(r"^post_tile"), re.compile(r"^global"), True),
+    (re.compile(r"^layernorm_post$"), re.compile(r"^transformer$"), False),
+    (re.compile(r"^temporal_embed"), re.compile(r"^temporal"), True),
+    (re.compile(r"^layernorm1$"), re.compile(r"^spatial"), False),
+    (re.compile(r"^layernorm2$"), re.compile(r"^temporal"), False),
 )
 _BRIDGE = re.compile(r"proj|connector|adapt|bridge|merger|resampl|align|norm|to_dec")
 _STEM = re.compile(r"embed|stem|feature_extract|subsampl")
 _HEAD = re.compile(r"^(lm_head|heads?|head_\w+|classifier|score|fc|fc_out|output_layer|qa_outputs|cls|out)$")
 _TO_TEXT = re.compile(r"^language_proj")  # leads from another tower to the language model
 _LAST = re.compile(r"^(x|cross|fusion)_")  # what joins the towers
-_TASK = re.compile(r"For[A-Z]|Head|WithProjection")
+_BARE = re.compile(r"(?!.*(For[A-Z]|Head|WithProjection|MTModel)).*(Model|Backbone|Encoder|Decoder)$")
 _MODALITIES = {
     "text": re.compile(r"text|language|(^|_)ll?m(_|$)"),
     "vision": re.compile(r"vision|visual|image|video|pixel|vit(_|$)|vpm"),
@@ -133,25 +146,24 @@ class Reader:
     def _combine(self, segments: list[_Segment], path: str) -> Layout:
         """Return the layout of several towers: side by side if they read different inputs, else one on the other."""
         branches: dict[str, list[_Segment]] = {}
-        if len({s.modality for s in segments if s.modality}) > 1:
-            for segment in segments:
-                last = next(reversed(branches), None)
-                if segment.modality or (last and last != "text"):
-                    branches.setdefault(segment.modality or cast(str, last), []).append(segment)
-        if len(branches) < 2:
-            return _series([segment.layout for segment in segments])
-        chains = [_series([segment.layout for segment in chain]) for chain in branches.values()]
-        names = [join(path, chain[0].name) for chain in branches.values()]
-        self.parallel += names
-        below = [s.layout for s in segments if not any(s in chain for chain in branches.values())]
-        ordered = [name for name in self.in_series if name in names]
+        under: list[Layout] = []  # what is in no branch: before the first of them,
+        over: list[Layout] = []  # and what joins them
+        several = len({segment.modality for segment in segments if segment.modality}) > 1
+        for segment in segments:
+            last = next(reversed(branches), None)
+            if several and (segment.modality or last not in (None, "text")):
+                branches.setdefault(segment.modality or cast(str, last), []).append(segment)
+            else:
+                (over if branches else under).append(segment.layout)
+        if not branches:
+            return _series(under)
+        chains = {join(path, chain[0].name): _series([s.layout for s in chain]) for chain in branches.values()}
+        self.parallel += chains
+        ordered = [name for name in self.in_series if name in chains]
         if ordered:
-            both = _series([chains[names.index(name)] for name in [n for n in names if n not in ordered] + ordered])
+            both = _series([chains[name] for name in [*(name for name in chains if name not in ordered), *ordered]])
         else:
-            both = _parallel(chains)
-        first = min(chain[0].place for chain in branches.values())
-        under = [s.layout for s in segments if s.layout in below and s.place < first]
-        over = [s.layout for s in segments if s.layout in below and s.place > first]
+            both = _parallel(list(chains.values()))
         return _series([*under, both, *over])
 
 
@@ -179,52 +191,59 @@ def _parallel(chains: list[Layout]) -> Layout:
 def _place(module: nn.Module, place: int, name: str, segments: list[_Segment], path: str) -> None:
     """Put what is no block into the stem or the top of the segment where it works."""
     full = join(path, name)
-    for pattern, reads in _READERS:
-        if pattern.search(name):
-            readers = [segment for segment in segments if reads.search(segment.name)] or segments[:1]
-            readers[0].layout.add_below(full, _label(readers[0]))
+    for pattern, served, from_below in _SERVES:
+        found = [segment for segment in segments if served.search(segment.name)]
+        if pattern.search(name) and (found or pattern is _QUERY):
+            _add(found or segments, full, below=from_below)
             return
     before = [segment for segment in segments if segment.place < place]
     after = [segment for segment in segments if segment.place > place]
-    below, above, bridge = is_below(module, name), bool(_ABOVE.search(name)), bool(_BRIDGE.search(name))
+    above = bool(_ABOVE.search(name)) or (place < 0 and bool(_BRIDGE.search(name)))
+    above = above or (name in _NORM_LAST and bool(_NORM_LAST[name].search(type(module).__name__)))
+    below = is_below(module, name) and (not above or bool(_FOLLOWS.match(name)))
     kinds = {segment.modality for segment in segments if segment.modality}
     own = [segment for segment in segments if segment.modality and _MODALITIES[segment.modality].search(name)]
     others = [segment for segment in segments if segment.modality not in (None, "text")]
-    if len(kinds) > 1 and others and bridge and (not own or _TO_TEXT.search(name)):
-        others[-1].layout.add_above(full)
-        return
+    if len(kinds) > 1 and others and _BRIDGE.search(name) and (not own or _TO_TEXT.search(name)):
+        _add(others, full, below=False)
     elif len(segments) > 1 and len(own) == 1:
-        before, after = (own, []) if not below or above else ([], own)
-    if not above and (not before or (below and not after)):
-        target = after[0] if not before else before[0 if place > 0 and len(kinds) < 2 else -1]
-        if before and not after:
-            target = before[-1]
-        target.layout.add_below(full, _label(target))
-    elif not before:
-        segments[-1].layout.add_above(full)
-    elif after and below and not above:
-        after[0].layout.add_below(full, _label(after[0]))
+        _add(own, full, below=below)
+    elif below or not (before or above):
+        _add(after or before[-1:], full, below=True)
     else:
-        before[-1].layout.add_above(full)
+        _add(before or segments, full, below=False)
 
 
-def _label(segment: _Segment) -> str:
-    return segment.layout.levels[0][0].tower
+def _add(segments: list[_Segment], path: str, *, below: bool) -> None:
+    """Put a part below the first or above the last of some segments."""
+    if below:
+        layout = segments[0].layout
+        layout.add_below(path, layout.levels[0][0].tower)
+    else:
+        segments[-1].layout.add_above(path)
 
 
 def is_below(module: nn.Module, name: str) -> bool:
-    """Return whether a part of a module works below its blocks: by its name, or as a lookup table."""
+    """Return whether a part of a module works below its blocks: by its name, as a lookup table, or by its parts."""
     if _BELOW.search(name):
         return True
     child = getattr(module, name)
-    return isinstance(child, nn.Module) and any(isinstance(part, nn.Embedding) for part in child.modules())
+    if not isinstance(child, nn.Module):
+        return False
+    if _FOLLOWS.match(name):
+        before = [other for other, _ in module.named_children()]
+        place = before.index(name)
+        return place > 0 and is_below(module, before[place - 1])
+    inner = [parameter for parameter, _ in child.named_parameters()]
+    tables = any(isinstance(part, nn.Embedding) for part in child.modules())
+    return tables or (bool(inner) and all(_BELOW.search(parameter) for parameter in inner))
 
 
 def head_parts(module: nn.Module, *, is_root: bool) -> list[str]:
     """Return the names of the children and parameters of a module that are its head."""
     named = children(module)
     prefix = getattr(module, "base_model_prefix", "")
-    bare = type(module).__module__.startswith("transformers.") and not _TASK.search(type(module).__name__)
+    bare = type(module).__module__.startswith("transformers.") and _BARE.match(type(module).__name__)
     base = dict(named).get(prefix) if prefix and not bare else None
     if base is not None:
         names = [name for name, _ in named]
