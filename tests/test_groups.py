@@ -263,7 +263,7 @@ def test_what_the_model_never_trains_has_no_group_of_its_own() -> None:
     assert groups.names == ("embeddings", *(f"{part}.layers.{n}" for part in ("encoder", "decoder") for n in (0, 1)))
     assert "model.decoder.embed_positions.weight" in groups["decoder.layers.0"].parameters
     assert "is tied to `model.shared.weight`" in str(groups)
-    assert "`embeddings` holds weights that `decoder.embeddings`, `head` use too" in str(groups)
+    assert "`embeddings` holds weights tied to `decoder.embeddings`, `head`" in str(groups)
 
 
 def test_prompt_tuning_has_its_prompt_at_the_bottom() -> None:

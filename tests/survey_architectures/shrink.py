@@ -19,7 +19,7 @@ WIDTHS = {
     "hidden_size", "intermediate_size", "d_model", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_embd",
     "moe_intermediate_size", "shared_expert_intermediate_size", "embed_dim", "out_hidden_size", "ffn_hidden_size",
     "projection_dim", "encoder_hidden_size", "output_dim", "hidden_dim", "n_inner", "word_embed_proj_dim",
-    "cross_attention_dim",
+    "cross_attention_dim", "mamba_d_ssm",
 }  # fmt: skip
 HEADS = {
     "num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads", "decoder_attention_heads",

@@ -100,10 +100,13 @@ def _discovered(model: nn.Module, parameters: Mapping[str, nn.Parameter], towers
     held, ties = _fill(inner, slots, parameters)
     _close_up(slots, held, openable(model))
     several = len({slot.tower for slot in slots if slot.tower}) > 1
-    plain = {0: ""} if not parallel else {}
-    titles = [_clean(slot.name or _stem(inner, slot, plain.get(n, slot.tower)), prefix) for n, slot in enumerate(slots)]
+    titles = [
+        _clean(slot.name or _stem(inner, slot, slot.tower if number or parallel else ""), prefix)
+        for number, slot in enumerate(slots)
+    ]
     groups: list[LayerGroup] = []
-    if missing := tuple(sorted(set(parameters) - set(itertools.chain(*held)))):
+    placed = set(itertools.chain(*held))
+    if missing := tuple(name for name in parameters if name not in placed):
         assert is_peft(model), f"parameters outside every group: {missing}"
         groups.append(_group("prompt", missing, parameters))  # prompt encoders lie beside the model and feed its input
     below = None
@@ -116,8 +119,7 @@ def _discovered(model: nn.Module, parameters: Mapping[str, nn.Parameter], towers
     head = "head" if layout.head and held[-1] else None
     notes = _notes(model, head, slots, parameters)
     notes += [
-        f"`{titles[first]}` holds weights that {_some([titles[n] for n in users])} use too"
-        for first, users in ties.items()
+        f"`{titles[first]}` holds weights tied to {_some([titles[n] for n in users])}" for first, users in ties.items()
     ]
     return LayerGroups(tuple(groups), head, tuple(notes))
 
