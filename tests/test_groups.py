@@ -154,6 +154,11 @@ MODELS: dict[str, tuple[Any, tuple[str, ...], str | None]] = {
         ),
         "head",
     ),
+    "recurrent layers": (
+        lambda: nn.Sequential(nn.Embedding(4, 4), nn.GRU(4, 4, 2, bidirectional=True)),
+        ("embeddings", "1.0", "1.1"),
+        None,
+    ),
     "plain module with a head registered first": (HeadFirst, ("embeddings", "blocks.0", "blocks.1", "head"), "head"),
     "plain module with a parameter": (Bare, ("stem", "body", "head"), "head"),
     "sequential": (lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), ("0", "head"), "head"),
@@ -264,6 +269,13 @@ def test_what_the_model_never_trains_has_no_group_of_its_own() -> None:
     assert "model.decoder.embed_positions.weight" in groups["decoder.layers.0"].parameters
     assert "is tied to `model.shared.weight`" in str(groups)
     assert "`embeddings` holds weights tied to `decoder.embeddings`, `head`" in str(groups)
+
+
+def test_what_a_script_froze_keeps_its_groups() -> None:
+    model = tiny.bert()
+    names = group_layers(model).names
+    model.bert.requires_grad_(False)
+    assert group_layers(model).names == names
 
 
 def test_prompt_tuning_has_its_prompt_at_the_bottom() -> None:

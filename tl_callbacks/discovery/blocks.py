@@ -67,6 +67,8 @@ def is_stack(module: nn.Module, name: str) -> bool:
 
 def contains_stack(module: nn.Module, name: str) -> bool:
     """Return whether a module called `name` is, or holds, a stack of blocks."""
+    if isinstance(module, nn.RNNBase):
+        return module.num_layers > 1
     if is_list(module) and _SIDE_BY_SIDE.search(name):
         return False
     if is_stack(module, name) or any(blocks for _, blocks in parts(module)):

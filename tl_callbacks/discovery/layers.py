@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from tl_callbacks.discovery.order import in_order_of_use
 from tl_callbacks.discovery.towers import Group, Reader, is_below
+from tl_callbacks.frozen.by_hand import never_trained
 from tl_callbacks.frozen.state import openable
 from tl_callbacks.groups import LayerGroup, LayerGroups
 from tl_callbacks.names import assign, closest, normalise
@@ -98,7 +99,7 @@ def _discovered(model: nn.Module, parameters: Mapping[str, nn.Parameter], towers
     if layout.head:
         slots, level_of = [*slots, Group("head", "", layout.head)], [*level_of, len(layout.levels)]
     held, ties = _fill(inner, slots, parameters)
-    _close_up(slots, held, openable(model))
+    _close_up(slots, held, never_trained(inner))
     several = len({slot.tower for slot in slots if slot.tower}) > 1
     titles = [
         _clean(slot.name or _stem(inner, slot, slot.tower if number or parallel else ""), prefix)
@@ -145,10 +146,10 @@ def _fill(
     return held, {first: sorted(users) for first, users in ties.items()}
 
 
-def _close_up(slots: list[Group], held: list[list[str]], trainable: Collection[str]) -> None:
+def _close_up(slots: list[Group], held: list[list[str]], never: Collection[str]) -> None:
     """Move groups that a model never trains, such as sinusoidal positions, into those above; they open nothing."""
     for number, names in enumerate(held[:-1]):
-        if names and trainable and not any(name in trainable for name in names):
+        if names and all(name in never for name in names):
             above = [other for other in range(number + 1, len(slots)) if held[other]]
             same = [other for other in above if slots[other].tower == slots[number].tower]
             if above:

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from tl_callbacks.discovery.blocks import children, contains_stack, join, own_parameters, parts, size
+from tl_callbacks.discovery.blocks import children, contains_stack, join, own_parameters, parts
 
 # What works below the blocks though it may be registered after them, and what works above though it may come before.
 _BELOW = re.compile(
@@ -139,9 +139,10 @@ class Reader:
     def _has_depth(self, child: nn.Module, name: str, parent: nn.Module) -> bool:
         if self.own_groups(child) is not None:
             return True
-        if not contains_stack(child, name):
-            return False
-        return not _STEM.search(name) or size(child) > 0.3 * size(parent)
+        if not contains_stack(child, name) or not _STEM.search(name):
+            return contains_stack(child, name)
+        others = [(other, part) for other, part in children(parent) if not _STEM.search(other)]
+        return not any(contains_stack(part, other) for other, part in others)  # a stem only below something deeper
 
     def _combine(self, segments: list[_Segment], path: str) -> Layout:
         """Return the layout of several towers: side by side if they read different inputs, else one on the other."""

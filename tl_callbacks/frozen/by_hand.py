@@ -42,6 +42,22 @@ def frozen_by_hand(model: nn.Module) -> list[str]:
     return [name for name in suspects if name not in anew or anew[name].requires_grad]
 
 
+def never_trained(model: nn.Module) -> frozenset[str]:
+    """Return the parameters that the model's own class freezes when it is made anew, such as sinusoidal positions.
+
+    Example:
+        >>> from transformers import MarianConfig, MarianModel
+        >>> config = MarianConfig(vocab_size=9, pad_token_id=0, d_model=16, encoder_layers=1, decoder_layers=1)
+        >>> sorted(never_trained(MarianModel(config)))
+        ['decoder.embed_positions.weight', 'encoder.embed_positions.weight']
+    """
+    frozen = [name for name, p in parameters_by_name(model).items() if not p.requires_grad]
+    if not frozen or is_peft(model) or getattr(model, "is_quantized", False):
+        return frozenset()
+    anew = _made_anew(model) or {}
+    return frozenset(name for name in frozen if name in anew and not anew[name].requires_grad)
+
+
 def _made_anew(model: nn.Module) -> dict[str, nn.Parameter] | None:
     """Return the parameters of a new model of the same class and config, without memory; None if it cannot be made."""
     if not isinstance(model, PreTrainedModel):
