@@ -193,6 +193,22 @@ def test_a_token_that_belongs_to_a_stage_is_in_its_first_block() -> None:
     assert "cvt.encoder.stages.2.cls_token" in groups["encoder.stages.2.layers.0"].parameters
 
 
+def test_what_feeds_a_stage_is_in_its_first_block_wherever_it_is_registered() -> None:
+    with torch.device("meta"):
+        groups = group_layers(transformers.GroupViTVisionModel(transformers.GroupViTVisionConfig()))
+    owner = {name: group.name for group in groups for name in group.parameters if "group_projector" in name}
+    assert owner
+    assert all(name.endswith("stages.1.layers.0") for name in owner.values())
+
+
+@pytest.mark.parametrize(("stable", "group"), [(False, "embeddings"), (True, "encoder.layers.1")])
+def test_a_speech_encoder_applies_its_norm_before_or_after_the_blocks(stable: bool, group: str) -> None:
+    config = transformers.Wav2Vec2Config(**{**SMALL, "hidden_size": 32}, **CONV, do_stable_layer_norm=stable)
+    with torch.device("meta"):
+        groups = group_layers(transformers.Wav2Vec2ForCTC(config))
+    assert "wav2vec2.encoder.layer_norm.weight" in groups[group].parameters
+
+
 def test_the_final_norm_and_the_pooler_belong_to_the_top_block() -> None:
     assert any("pooler" in name for name in group_layers(tiny.bert())["encoder.layer.2"].parameters)
 
