@@ -16,7 +16,7 @@ _SIDE_BY_SIDE = re.compile(
 # Names that say "depth", so that even one block is a stack.
 _DEPTH = re.compile(r"(^|_)(layers?|blocks?|h|stages?|groups)$")
 # Parts of a stage that feed its first block though they are registered after its blocks.
-_FEEDS = re.compile(r"embed|token|group_projector")
+_FEEDS = re.compile(r"group_projector")
 _NUMBERED = re.compile(r"^(.*?)_?(\d+)$")
 
 

@@ -148,6 +148,8 @@ def _fill(
 
 def _close_up(slots: list[Group], held: list[list[str]], never: Collection[str]) -> None:
     """Move groups that a model never trains, such as sinusoidal positions, into those above; they open nothing."""
+    if all(name in never for names in held for name in names):
+        return
     for number, names in enumerate(held[:-1]):
         if names and all(name in never for name in names):
             above = [other for other in range(number + 1, len(slots)) if held[other]]

@@ -12,20 +12,28 @@ from tl_callbacks.discovery.blocks import children, contains_stack, join, own_pa
 # What works below the blocks though it may be registered after them, and what works above though it may come before.
 _BELOW = re.compile(
     r"(?<!un)embed(?!ding_(projection|norm)$)|token|position|rel(ative)?_|(^|_)pos_|_pos$|per_layer|^ple$|^altup_proj|"
-    r"^pre_?(layer)?norm|post_conv_layernorm|^batch_norm$|^conv2d|^conv_s\d|^compress_vit|^proj$|latent_proj|speakers_proj|delta_proj"
+    r"^pre_?(layer)?norm|post_conv_layernorm|^batch_norm$|^conv2d|^conv_s\d|^compress_vit|^encoder_conv|latent_proj|speakers_proj|delta_proj"
 )
 _ABOVE = re.compile(
-    r"unembed|final|^ln_f$|^norm_f$|^(layer)?norm$|ln_post|norm_post|post_?(layer)?norm|_out$|^out_|^head|_heads?$|"
+    r"unembed|final|^ln_f$|^norm_f$|ln_post|norm_post|post_?(layer)?norm|_out$|^out_|^head|_heads?$|"
     r"classif|pool|logit|predict|decode_|output|neck|fpn|pan_|lateral|temperature|merger|score(?!_token)|quantiz"
 )
-# Norms of one name that some classes apply after the blocks, and others before them.
-_NORM_LAST = {"layer_norm": re.compile(r"StableLayerNorm|Conformer"), "layernorm_embedding": re.compile(r"BigBirdP")}
+# Names that say nothing: classes in which such a part works below (True) or above the blocks, against the usual.
+_BY_CLASS = (
+    ("layer_norm", re.compile(r"StableLayerNorm|Conformer"), False),
+    ("layernorm_embedding", re.compile(r"BigBirdPegasus"), False),
+    ("norm", re.compile(r"T5Gemma"), False),
+    ("layernorm", re.compile(r"Eomt|VideoMT|Videomt"), False),
+    ("proj", re.compile(r"CohereAsr"), True),
+    ("resnet_head", re.compile(r"UVDoc"), True),
+)
 # A norm or a convolution of this name works on what was registered just before it.
-_FOLLOWS = re.compile(r"^(LayerNorm|conv_out)$")
+_FOLLOWS = re.compile(r"^(LayerNorm|conv_out|encoder_norm)$")
 # Names that say which of several towers a part serves, and whether from below.
 _QUERY = re.compile(r"quer(y|ies)|ref(erence)?_?(point|anchor)")
 _SERVES = (
     (_QUERY, re.compile(r"decoder|former|perceiver|resampler"), True),
+    (re.compile(r"enc_to_dec"), re.compile(r"decoder"), True),
     (re.compile(r"^level_embed"), re.compile(r"encoder"), True),
     (re.compile(r"^enc(oder)?_(out|score|bbox)"), re.compile(r"encoder"), False),
     (re.compile(r"quantiz"), re.compile(r"decoder"), True),
@@ -200,8 +208,10 @@ def _place(module: nn.Module, place: int, name: str, segments: list[_Segment], p
     before = [segment for segment in segments if segment.place < place]
     after = [segment for segment in segments if segment.place > place]
     above = bool(_ABOVE.search(name)) or (place < 0 and bool(_BRIDGE.search(name)))
-    above = above or (name in _NORM_LAST and bool(_NORM_LAST[name].search(type(module).__name__)))
     below = is_below(module, name) and (not above or bool(_FOLLOWS.match(name)))
+    for leaf, classes, from_below in _BY_CLASS:
+        if leaf == name and classes.search(type(module).__name__):
+            below, above = from_below, not from_below
     kinds = {segment.modality for segment in segments if segment.modality}
     own = [segment for segment in segments if segment.modality and _MODALITIES[segment.modality].search(name)]
     others = [segment for segment in segments if segment.modality not in (None, "text")]
@@ -257,7 +267,8 @@ def head_parts(module: nn.Module, *, is_root: bool) -> list[str]:
     if hasattr(module, "base_model_prefix"):
         if bare:
             return []
-        after = [name for name, _ in named[max(with_depth, default=len(named) - 2) + 1 :] if not is_below(module, name)]
+        rest = [name for name, _ in named[max(with_depth, default=len(named) - 2) + 1 :]]
+        after = [name for name in rest if not is_below(module, name) and "enc_to_dec" not in name]
         return after or [name for name, _ in named if _HEAD.match(name)]
     by_name = [name for number, (name, _) in enumerate(named) if _HEAD.match(name) and number not in with_depth]
     return by_name or ([named[-1][0]] if len(named) - 1 not in with_depth else [])
