@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tl_callbacks.discovery.order import in_order_of_use
-from tl_callbacks.discovery.towers import Group, Reader, is_below
+from tl_callbacks.discovery.rules import is_below
+from tl_callbacks.discovery.towers import Group, Reader
 from tl_callbacks.frozen.by_hand import never_trained
 from tl_callbacks.frozen.state import openable
 from tl_callbacks.groups import LayerGroup, LayerGroups

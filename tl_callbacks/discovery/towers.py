@@ -8,54 +8,19 @@ from typing import Any, cast
 from torch import nn
 
 from tl_callbacks.discovery.blocks import children, contains_stack, join, own_parameters, parts
-
-# What works below the blocks though it may be registered after them, and what works above though it may come before.
-_BELOW = re.compile(
-    r"(?<!un)embed(?!ding_(projection|norm)$)|token|position|rel(ative)?_|(^|_)pos_|_pos$|per_layer|^ple$|^altup_proj|"
-    r"^pre_?(layer)?norm|post_conv_layernorm|^batch_norm$|^conv2d|^conv_s\d|^compress_vit|^encoder_conv|latent_proj|speakers_proj|delta_proj"
+from tl_callbacks.discovery.rules import (
+    BARE,
+    BRIDGE,
+    HEAD,
+    LAST,
+    MODALITIES,
+    QUERY,
+    SERVES,
+    STEM,
+    TO_TEXT,
+    is_below,
+    sides,
 )
-_ABOVE = re.compile(
-    r"unembed|final|^ln_f$|^norm_f$|ln_post|norm_post|post_?(layer)?norm|_out$|^out_|^head|_heads?$|"
-    r"classif|pool|logit|predict|decode_|output|neck|fpn|pan_|lateral|temperature|merger|score(?!_token)|quantiz"
-)
-# Names that say nothing: classes in which such a part works below (True) or above the blocks, against the usual.
-_BY_CLASS = (
-    ("layer_norm", re.compile(r"StableLayerNorm|Conformer"), False),
-    ("layernorm_embedding", re.compile(r"BigBirdPegasus"), False),
-    ("norm", re.compile(r"T5Gemma"), False),
-    ("layernorm", re.compile(r"Eomt|VideoMT|Videomt"), False),
-    ("proj", re.compile(r"CohereAsr"), True),
-    ("resnet_head", re.compile(r"UVDoc"), True),
-)
-# A norm or a convolution of this name works on what was registered just before it.
-_FOLLOWS = re.compile(r"^(LayerNorm|conv_out|encoder_norm)$")
-# Names that say which of several towers a part serves, and whether from below.
-_QUERY = re.compile(r"quer(y|ies)|ref(erence)?_?(point|anchor)")
-_SERVES = (
-    (_QUERY, re.compile(r"decoder|former|perceiver|resampler"), True),
-    (re.compile(r"enc_to_dec"), re.compile(r"decoder"), True),
-    (re.compile(r"^level_embed"), re.compile(r"encoder"), True),
-    (re.compile(r"^enc(oder)?_(out|score|bbox)"), re.compile(r"encoder"), False),
-    (re.compile(r"quantiz"), re.compile(r"decoder"), True),
-    (re.compile(r"^no_memory"), re.compile(r"vision"), False),
-    (re.compile(r"^post_tile"), re.compile(r"^global"), True),
-    (re.compile(r"^layernorm_post$"), re.compile(r"^transformer$"), False),
-    (re.compile(r"^temporal_embed"), re.compile(r"^temporal"), True),
-    (re.compile(r"^layernorm1$"), re.compile(r"^spatial"), False),
-    (re.compile(r"^layernorm2$"), re.compile(r"^temporal"), False),
-)
-_BRIDGE = re.compile(r"proj|connector|adapt|bridge|merger|resampl|align|norm|to_dec")
-_STEM = re.compile(r"embed|stem|feature_extract|subsampl")
-_HEAD = re.compile(r"^(lm_head|heads?|head_\w+|classifier|score|fc|fc_out|output_layer|qa_outputs|cls|out)$")
-_TO_TEXT = re.compile(r"^language_proj")  # leads from another tower to the language model
-_LAST = re.compile(r"^(x|cross|fusion)_")  # what joins the towers
-_BARE = re.compile(r"(?!.*(For[A-Z]|Head|WithProjection|MTModel)).*(Model|Backbone|Encoder|Decoder)$")
-_MODALITIES = {
-    "text": re.compile(r"text|language|(^|_)ll?m(_|$)"),
-    "vision": re.compile(r"vision|visual|image|video|pixel|vit(_|$)|vpm"),
-    "audio": re.compile(r"audio|speech|acoustic"),
-    "other": re.compile(r"protein|graph"),
-}
 
 
 @dataclass
@@ -123,7 +88,7 @@ class Reader:
                 found.append((name, place, child))
             else:
                 leaves.append((place, name))
-        found.sort(key=lambda item: _LAST.match(item[0]) is not None)
+        found.sort(key=lambda item: LAST.match(item[0]) is not None)
         several = len(found) > 1
         segments = []
         for name, place, content in found:
@@ -147,9 +112,9 @@ class Reader:
     def _has_depth(self, child: nn.Module, name: str, parent: nn.Module) -> bool:
         if self.own_groups(child) is not None:
             return True
-        if not contains_stack(child, name) or not _STEM.search(name):
+        if not contains_stack(child, name) or not STEM.search(name):
             return contains_stack(child, name)
-        others = [(other, part) for other, part in children(parent) if not _STEM.search(other)]
+        others = [(other, part) for other, part in children(parent) if not STEM.search(other)]
         return not any(contains_stack(part, other) for other, part in others)  # a stem only below something deeper
 
     def _combine(self, segments: list[_Segment], path: str) -> Layout:
@@ -200,22 +165,18 @@ def _parallel(chains: list[Layout]) -> Layout:
 def _place(module: nn.Module, place: int, name: str, segments: list[_Segment], path: str) -> None:
     """Put what is no block into the stem or the top of the segment where it works."""
     full = join(path, name)
-    for pattern, served, from_below in _SERVES:
+    for pattern, served, from_below in SERVES:
         found = [segment for segment in segments if served.search(segment.name)]
-        if pattern.search(name) and (found or pattern is _QUERY):
+        if pattern.search(name) and (found or pattern is QUERY):
             _add(found or segments, full, below=from_below)
             return
     before = [segment for segment in segments if segment.place < place]
     after = [segment for segment in segments if segment.place > place]
-    above = bool(_ABOVE.search(name)) or (place < 0 and bool(_BRIDGE.search(name)))
-    below = is_below(module, name) and (not above or bool(_FOLLOWS.match(name)))
-    for leaf, classes, from_below in _BY_CLASS:
-        if leaf == name and classes.search(type(module).__name__):
-            below, above = from_below, not from_below
+    below, above = sides(module, name, is_own=place < 0)
     kinds = {segment.modality for segment in segments if segment.modality}
-    own = [segment for segment in segments if segment.modality and _MODALITIES[segment.modality].search(name)]
+    own = [segment for segment in segments if segment.modality and MODALITIES[segment.modality].search(name)]
     others = [segment for segment in segments if segment.modality not in (None, "text")]
-    if len(kinds) > 1 and others and _BRIDGE.search(name) and (not own or _TO_TEXT.search(name)):
+    if len(kinds) > 1 and others and BRIDGE.search(name) and (not own or TO_TEXT.search(name)):
         _add(others, full, below=False)
     elif len(segments) > 1 and len(own) == 1:
         _add(own, full, below=below)
@@ -234,27 +195,11 @@ def _add(segments: list[_Segment], path: str, *, below: bool) -> None:
         segments[-1].layout.add_above(path)
 
 
-def is_below(module: nn.Module, name: str) -> bool:
-    """Return whether a part of a module works below its blocks: by its name, as a lookup table, or by its parts."""
-    if _BELOW.search(name):
-        return True
-    child = getattr(module, name)
-    if not isinstance(child, nn.Module):
-        return False
-    if _FOLLOWS.match(name):
-        before = [other for other, _ in module.named_children()]
-        place = before.index(name)
-        return place > 0 and is_below(module, before[place - 1])
-    inner = [parameter for parameter, _ in child.named_parameters()]
-    tables = any(isinstance(part, nn.Embedding) for part in child.modules())
-    return tables or (bool(inner) and all(_BELOW.search(parameter) for parameter in inner))
-
-
 def head_parts(module: nn.Module, *, is_root: bool) -> list[str]:
     """Return the names of the children and parameters of a module that are its head."""
     named = children(module)
     prefix = getattr(module, "base_model_prefix", "")
-    bare = type(module).__module__.startswith("transformers.") and _BARE.match(type(module).__name__)
+    bare = type(module).__module__.startswith("transformers.") and BARE.match(type(module).__name__)
     base = dict(named).get(prefix) if prefix and not bare else None
     if base is not None:
         names = [name for name, _ in named]
@@ -269,8 +214,8 @@ def head_parts(module: nn.Module, *, is_root: bool) -> list[str]:
             return []
         rest = [name for name, _ in named[max(with_depth, default=len(named) - 2) + 1 :]]
         after = [name for name in rest if not is_below(module, name) and "enc_to_dec" not in name]
-        return after or [name for name, _ in named if _HEAD.match(name)]
-    by_name = [name for number, (name, _) in enumerate(named) if _HEAD.match(name) and number not in with_depth]
+        return after or [name for name, _ in named if HEAD.match(name)]
+    by_name = [name for number, (name, _) in enumerate(named) if HEAD.match(name) and number not in with_depth]
     return by_name or ([named[-1][0]] if len(named) - 1 not in with_depth else [])
 
 
@@ -295,8 +240,8 @@ def _flat(module: nn.Module, leaves: list[str], heads: list[str], path: str, tow
 def _modality(name: str, content: object) -> str | None:
     if "decoder" in name:
         return None
-    found = [kind for kind, pattern in _MODALITIES.items() if pattern.search(name)]
+    found = [kind for kind, pattern in MODALITIES.items() if pattern.search(name)]
     if not found and isinstance(content, nn.Module):
         words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(content).__name__).lower()
-        found = [kind for kind, pattern in _MODALITIES.items() if pattern.search(words)]
+        found = [kind for kind, pattern in MODALITIES.items() if pattern.search(words)]
     return found[0] if len(found) == 1 else None
