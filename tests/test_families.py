@@ -1,6 +1,7 @@
 """Every kind of architecture trained for real: what is frozen stays bit for bit, what is open moves."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,8 @@ def check_run(run: Run, expected: set[str]) -> None:
 def marked(names: Iterable[str], quick: Sequence[str] = QUICK) -> list[Any]:
     """Parameters of a test: all slow but the quick ones, each with the warning of ours that belongs to it."""
     marks = {name: [] if name in quick else [pytest.mark.slow] for name in names}
+    if "timm" in marks and importlib.util.find_spec("timm") is None:
+        marks["timm"].append(pytest.mark.skip(reason="timm is no dependency; make installs it"))
     for name in marks.keys() & WARNING.keys():
         marks[name].append(pytest.mark.filterwarnings(f"ignore:{WARNING[name]}:UserWarning"))
     return [pytest.param(name, marks=marks[name]) for name in names]
