@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 
 from tests import tiny
 from tl_callbacks import (
@@ -97,6 +98,10 @@ def test_parallel_towers_one_on_the_other_on_request() -> None:
     assert [group.tower for group in other] == ["text_model"] * 4 + ["vision_model"] * 3
     with pytest.raises(ValueError, match=r"tower `visio_model` is none of the parallel towers.*`vision_model`"):
         group_layers(clip(), towers=("visio_model",))
+    with pytest.raises(TypeError, match="expected a sequence of tower names, got the text `text_model`"):
+        group_layers(clip(), towers="text_model")
+    with pytest.raises(ValueError, match="`patterns` gives the groups and their order already"):
+        group_layers(clip(), towers=("text_model",), patterns={"all": "**"})
     with pytest.raises(ValueError, match="it has none"):
         group_layers(tiny.bert(), towers=("text_model",))
 
@@ -178,6 +183,45 @@ def test_towers_train_as_planned(towers: tuple[str, ...], tmp_path: Path) -> Non
     opened = {name for phase in unfreezing.plan(6) for name in phase.opened}
     for group in groups:
         assert (group.name in opened) == bool(changed & set(group.parameters)), group.name
+
+
+def test_a_run_with_schedules_by_tower_resumes_bit_for_bit(tmp_path: Path) -> None:
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 4
+
+    def run(name: str, callbacks: list[Any], resume: bool = False) -> dict[str, torch.Tensor]:
+        model = clip()
+        groups = group_layers(model)
+        saving = {"save_strategy": "steps", "save_steps": 4, "label_names": ["return_loss"]}
+        args = tiny.arguments(tmp_path / name, max_steps=9, **saving)
+        unfreezing = GradualUnfreezing(groups, {"text_model": every(2), "vision_model": every(3)}, rates="own")
+        optimizer = layerwise_optimizer(args, groups, decay={"text_model": 0.9, "vision_model": 0.5})
+        trainer = tiny.trainer(
+            model,
+            args,
+            pairs(),
+            data_collator=contrastive,
+            callbacks=[unfreezing, *callbacks],
+            optimizer_cls_and_kwargs=optimizer,
+        )
+        attach(trainer)
+        before = tiny.state(model)
+        trainer.train(resume_from_checkpoint=resume or None)
+        assert tiny.moved(before, tiny.state(model))
+        return tiny.state(model)
+
+    straight = run("straight", [])
+    stopped = run("stopped", [Stop()])
+    assert tiny.moved(straight, stopped)
+    assert tiny.moved(straight, run("stopped", [], resume=True)) == set()
+
+
+def test_adapters_of_parallel_towers_are_aligned_too() -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    groups = group_layers(get_peft_model(clip(), config))
+    assert [len(level) for level in groups.levels] == [1, 2, 2]
+    assert groups.towers == ("text_model", "vision_model")
 
 
 def test_strategies_count_levels(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def group_layers(
         The groups. Print them to see the table.
 
     Raises:
-        ValueError: the model has no trainable parameters, a pattern matches nothing or twice, or a tower is unknown.
+        ValueError: the model has no trainable parameters, a pattern matches nothing or twice, a tower is unknown, or
+            both `patterns` and `towers` are given.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -75,7 +76,14 @@ def group_layers(
             f"{type(model).__name__} has no trainable parameters; expected at least one. If it was frozen by hand, "
             "remove that: GradualUnfreezing decides what trains."
         )
+    if isinstance(towers, str):
+        raise TypeError(f"expected a sequence of tower names, got the text `{towers}`. Write (`{towers}`,).")
     if patterns is not None:
+        if towers:
+            raise ValueError(
+                f"`towers` is {tuple(towers)}, but `patterns` gives the groups and their order already; expected one of "
+                "the two. Leave `towers` out."
+            )
         assigned = assign(list(parameters), patterns)
         head = "head" if list(assigned)[-1] == "head" else None
         groups = LayerGroups(tuple(_group(name, found, parameters) for name, found in assigned.items()), head)

@@ -7,7 +7,8 @@ from torch import nn
 # What works below the blocks though it may be registered after them, and what works above though it may come before.
 _BELOW = re.compile(
     r"(?<!un)embed(?!ding_(projection|norm)$)|token|position|rel(ative)?_|(^|_)pos_|_pos$|per_layer|^ple$|^altup_proj|"
-    r"^pre_?(layer)?norm|post_conv_layernorm|^batch_norm$|^conv2d|^conv_s\d|^compress_vit|^encoder_conv|latent_proj|speakers_proj|delta_proj"
+    r"^pre_?(layer)?norm|post_conv_layernorm|^batch_norm$|^conv2d|^conv_s\d|^compress_vit|^encoder_conv|"
+    r"latent_proj|speakers_proj|delta_proj"
 )
 _ABOVE = re.compile(
     r"unembed|final|^ln_f$|^norm_f$|ln_post|norm_post|post_?(layer)?norm|_out$|^out_|^head|_heads?$|"
