@@ -100,7 +100,7 @@ def test_parallel_towers_one_on_the_other_on_request() -> None:
         group_layers(clip(), towers=("visio_model",))
     with pytest.raises(TypeError, match="expected a sequence of tower names, got the text `text_model`"):
         group_layers(clip(), towers="text_model")
-    with pytest.raises(ValueError, match="`patterns` gives the groups and their order already"):
+    with pytest.raises(ValueError, match="`patterns` gives the groups and their order"):
         group_layers(clip(), towers=("text_model",), patterns={"all": "**"})
     with pytest.raises(ValueError, match="it has none"):
         group_layers(tiny.bert(), towers=("text_model",))

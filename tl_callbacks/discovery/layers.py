@@ -81,7 +81,7 @@ def group_layers(
     if patterns is not None:
         if towers:
             raise ValueError(
-                f"`towers` is {tuple(towers)}, but `patterns` gives the groups and their order already; expected one of "
+                f"`towers` is {tuple(towers)}, but `patterns` gives the groups and their order; expected one of "
                 "the two. Leave `towers` out."
             )
         assigned = assign(list(parameters), patterns)
