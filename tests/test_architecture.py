@@ -13,9 +13,9 @@ MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__
 
 # Ground, methods, roof: each layer imports what is below it only, and methods not each other.
 GROUND = {"errors", "events", "names", "tables", "groups", "parameters", "frozen", "discovery", "timm_layers"}
-GROUND |= {"callbacks", "checkpoints"}
+GROUND |= {"callbacks", "checkpoints", "dtensors"}
 METHODS = {"layerwise", "unfreezing", "anchoring"}
-ROOF = {"preflight", "recorder", "attach", "bundles", "strategies", "previewing"}
+ROOF = {"preflight", "recorder", "attach", "bundles", "strategies", "previewing", "ranks"}
 
 
 def imports(path: Path) -> list[tuple[str, ast.stmt]]:
@@ -95,7 +95,8 @@ def test_public_names() -> None:
     assert tl_callbacks.__all__ == sorted(tl_callbacks.__all__, key=lambda n: (not n.isupper(), n.islower(), n))
     assert set(tl_callbacks.__all__) == {
         "STRATEGIES", "GradualUnfreezing", "LayerGroup", "LayerGroups", "LayerwiseOptimizer", "NoEffectWarning",
-        "PreflightError", "Recorder", "Strategy", "UnfreezePlan", "UnfreezeSchedule", "WeightAnchoring", "adapt",
+        "PreflightError", "PreflightWarning", "Recorder", "Strategy", "UnfreezePlan", "UnfreezeSchedule",
+        "WeightAnchoring", "adapt",
         "add_to_recipe", "at_fractions", "at_steps", "attach", "closest", "every", "group_layers",
         "last_complete_checkpoint", "layerwise_optimizer", "per_epoch", "preview", "slanted_triangular", "staged",
     }  # fmt: skip

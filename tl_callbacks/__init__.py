@@ -7,7 +7,7 @@ from tl_callbacks.anchoring import WeightAnchoring
 from tl_callbacks.attach import attach
 from tl_callbacks.checkpoints import last_complete_checkpoint
 from tl_callbacks.discovery import group_layers
-from tl_callbacks.errors import NoEffectWarning
+from tl_callbacks.errors import NoEffectWarning, PreflightWarning
 from tl_callbacks.groups import LayerGroup, LayerGroups
 from tl_callbacks.layerwise import LayerwiseOptimizer, layerwise_optimizer
 from tl_callbacks.names import closest
@@ -35,6 +35,7 @@ __all__ = [
     "LayerwiseOptimizer",
     "NoEffectWarning",
     "PreflightError",
+    "PreflightWarning",
     "Recorder",
     "Strategy",
     "UnfreezePlan",

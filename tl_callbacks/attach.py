@@ -1,38 +1,51 @@
 """`attach(trainer)`: checks the set-up, then lends the trainer to the callbacks."""
 
 import functools
+import warnings
 from typing import Any
 
 from transformers import Trainer
 
 from tl_callbacks.checkpoints import last_complete_checkpoint
 from tl_callbacks.discovery import group_layers
+from tl_callbacks.errors import PreflightWarning
 from tl_callbacks.frozen.eval_mode import release
 from tl_callbacks.frozen.state import set_frozen
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.layerwise.factory import layerwise_optimizer, refusal
-from tl_callbacks.preflight import PreflightError, factory_of, has_loss_parameters, our_callbacks, preflight
+from tl_callbacks.preflight import (
+    PreflightError,
+    cautions,
+    factory_of,
+    has_loss_parameters,
+    our_callbacks,
+    preflight,
+)
+from tl_callbacks.ranks import VerifyRanks
 from tl_callbacks.recorder import Recorder
 from tl_callbacks.unfreezing.callback import GradualUnfreezing
 
 
-def attach(trainer: Trainer) -> None:
+def attach(trainer: Trainer, *, verify_ranks: int = 100) -> None:
     """Check a trainer's set-up and give this package's callbacks what the Trainer does not hand to callbacks.
 
     Call it once, after the Trainer was made and before `train()`. It
 
-    - raises if anything is wrong, with all findings at once;
+    - raises if anything is wrong, with all findings at once, and warns of what should be known beforehand;
     - lends the trainer to the callbacks and to the optimizer factory, and gives the Trainer a neutral factory (its own
       optimizer, with one named group per layer group) where it has none;
     - adds a recorder, which writes `recipe.json` and logs the rate of every group;
+    - on several ranks compares their weights, bit for bit, after each transition and every `verify_ranks` steps;
     - makes `train(resume_from_checkpoint=True)` take the last checkpoint that was written to its end;
     - restores the model when training ends, also by an exception.
 
     Args:
         trainer: the Trainer, with our callbacks or without.
+        verify_ranks: optimizer steps between two comparisons of the ranks' weights; 0: none.
 
     Raises:
         PreflightError: a ValueError that lists every finding.
+        ValueError: `verify_ranks` is no whole number of 0 or more.
 
     Example:
         >>> import tempfile
@@ -44,8 +57,14 @@ def attach(trainer: Trainer) -> None:
         >>> trainer.optimizer_cls_and_kwargs[0]
         LayerwiseOptimizer(embeddings: 5e-05, encoder.layer.0: 5e-05, encoder.layer.1: 5e-05, head: 5e-05)
     """
+    verify = VerifyRanks(verify_ranks) if verify_ranks != 0 else None
+    known = cautions(trainer)
     if findings := preflight(trainer):
-        raise PreflightError(findings)
+        raise PreflightError(findings, known)
+    if known:
+        warnings.warn(
+            "\n- ".join(["attach(trainer): to know before training:", *known]), PreflightWarning, stacklevel=2
+        )
     assert trainer.model is not None
     # What an earlier run that was stopped without attach left frozen; the callbacks of this one freeze their own.
     release(trainer.model)
@@ -56,6 +75,9 @@ def attach(trainer: Trainer) -> None:
         factory.trainer = trainer
     callbacks = our_callbacks(trainer)
     if not any(isinstance(callback, Recorder) for callback in callbacks):
+        if verify is not None and trainer.args.world_size > 1:
+            trainer.add_callback(verify)
+            callbacks.append(verify)
         methods = {type(method).__name__: method for method in (factory, *callbacks) if method is not None}
         trainer.add_callback(Recorder(factory.groups if factory else None, methods))
         _guard_train(trainer)

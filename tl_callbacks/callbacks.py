@@ -16,9 +16,15 @@ class TransferCallback(TrainerCallback):
     """
 
     trainer: Trainer | None = None
+    transitions = 0
+    """How often this callback has changed what trains; after each change the ranks are compared."""
 
     def findings(self, trainer: Trainer) -> list[str]:
         """Return what would go wrong with this trainer, one text a finding; empty if nothing."""
+        return []
+
+    def cautions(self, trainer: Trainer) -> list[str]:
+        """Return what will work but should be known beforehand, one text each; empty if nothing."""
         return []
 
     def on_attach(self, trainer: Trainer) -> None:

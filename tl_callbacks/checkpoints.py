@@ -7,6 +7,9 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 _WEIGHTS = {"model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model.bin"}
+# What FSDP writes instead, with whole or with sharded state; the metadata are written when all ranks have finished.
+_WEIGHTS |= {"pytorch_model_fsdp.bin", "pytorch_model_fsdp_0/.metadata"}
+_OPTIMIZERS = {"optimizer.pt", "optimizer.bin", "optimizer_0/.metadata"}
 
 
 def last_complete_checkpoint(folder: str | Path, *, world_size: int = 1) -> str | None:
@@ -35,11 +38,12 @@ def last_complete_checkpoint(folder: str | Path, *, world_size: int = 1) -> str 
 
 
 def _is_complete(path: Path, world_size: int) -> bool:
-    written = {file.name for file in path.iterdir()}
+    written = {file.name for file in path.iterdir() if file.is_file()}
+    written |= {f"{file.parent.name}/{file.name}" for file in path.glob("*/.metadata")}
     ranks = {f"rng_state_{rank}.pth" for rank in range(max(2, world_size))}
     if "rng_state.pth" not in written and not ranks <= written:
         return False
-    if not {"trainer_state.json", "optimizer.pt", "scheduler.pt"} <= written or not written & _WEIGHTS:
+    if not {"trainer_state.json", "scheduler.pt"} <= written or not written & _WEIGHTS or not written & _OPTIMIZERS:
         return False
     try:
         json.loads((path / "trainer_state.json").read_text())

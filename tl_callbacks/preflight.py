@@ -1,14 +1,18 @@
 """What would go wrong, found before step 1: all findings at once."""
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers import Trainer
 
 from tl_callbacks.callbacks import TransferCallback
 from tl_callbacks.frozen.by_hand import hand_frozen_findings
+from tl_callbacks.frozen.state import openable
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.layerwise.factory import LayerwiseOptimizer, check_groups, refusal
+from tl_callbacks.names import normalise
 from tl_callbacks.unfreezing.callback import GradualUnfreezing
 
 
@@ -17,15 +21,17 @@ class PreflightError(ValueError):
 
     Args:
         findings: one text a finding.
+        cautions: what would work, but should be known beforehand; listed behind.
 
     Example:
         >>> str(PreflightError(["the head is frozen; open it."]))
         'attach(trainer) found 1 problem:\n- the head is frozen; open it.'
     """
 
-    def __init__(self, findings: list[str]) -> None:
+    def __init__(self, findings: list[str], cautions: Sequence[str] = ()) -> None:
         plural = "problem" if len(findings) == 1 else "problems"
-        super().__init__("\n- ".join([f"attach(trainer) found {len(findings)} {plural}:", *findings]))
+        text = "\n- ".join([f"attach(trainer) found {len(findings)} {plural}:", *findings])
+        super().__init__("\n- ".join([f"{text}\nTo know besides:", *cautions]) if cautions else text)
         self.findings = findings
 
 
@@ -45,14 +51,67 @@ def preflight(trainer: Trainer) -> list[str]:
         )
     found += hand_frozen_findings(trainer.model)
     found += _optimizer(trainer)
+    found += _rates(trainer)
     for callback in our_callbacks(trainer):
         found += callback.findings(trainer)
+    ignored = {normalise(name) for name in getattr(trainer.model, "_ddp_params_and_buffers_to_ignore", ())}
+    if trainer.args.world_size > 1 and (apart := [name for name in openable(trainer.model) if name in ignored]):
+        found.append(
+            f"`{apart[0]}` and {len(apart) - 1} other parameters are in the model's _ddp_params_and_buffers_to_ignore, "
+            "so DDP does not reduce their gradients and the ranks would drift apart. Take them out of it."
+        )
     if trainer.args.n_gpu > 1:
         found.append(
             f"{trainer.args.n_gpu} devices in one process make the Trainer use DataParallel, which copies the model at "
             "every step. Launch one process a device with accelerate launch or torchrun."
         )
     return list(dict.fromkeys(found))  # two callbacks may find the same
+
+
+def cautions(trainer: Trainer) -> list[str]:
+    """Return what will work but should be known before step 1, one text each; empty if nothing."""
+    found = [text for callback in our_callbacks(trainer) for text in callback.cautions(trainer)]
+    return list(dict.fromkeys(found))
+
+
+def _rates(trainer: Trainer) -> list[str]:
+    """Return what keeps the groups from having the rates that they were given."""
+    found, groups = [], _given_groups(trainer)
+    scheduler = trainer.lr_scheduler
+    reads = scheduler is not None and type(scheduler).__module__.split(".")[0] not in ("torch", "transformers")
+    if not reads and any(group.get("lr_scale", 1) != 1 for group in groups):
+        found.append(
+            "parameter groups carry `lr_scale`, which no scheduler of torch or transformers reads, so all would train "
+            "at the same rate. Pass optimizer_cls_and_kwargs=layerwise_optimizer(args, groups, decay=...), or "
+            "multiply each group's lr by it."
+        )
+    factory = factory_of(trainer)
+    rates = (
+        set(factory.scales.values()) if factory else {group.get("lr", trainer.args.learning_rate) for group in groups}
+    )
+    kind = str(getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type))
+    kwargs: Any = trainer.args.lr_scheduler_kwargs or {}
+    floor: Any = 0
+    if scheduler is not None:
+        floor = getattr(scheduler, "eta_min", None) or max(getattr(scheduler, "min_lrs", None) or [0])
+    elif kind in ("reduce_lr_on_plateau", "greedy"):
+        floor = kwargs.get("min_lr", 1e-3 if kind == "greedy" else 0)  # the default of transformers' GreedyLR
+    if len(rates) > 1 and isinstance(floor, float | int) and floor > 0:
+        name = type(scheduler).__name__ if scheduler is not None else f"lr_scheduler_type={kind}"
+        found.append(
+            f"{name} stops at the same lowest rate, {floor}, in every group, so that groups of different rates become "
+            "equal, and one below it is raised. Use a scheduler that scales each group's rate, such as linear or "
+            "cosine_with_min_lr, or set the floor to 0."
+        )
+    return found
+
+
+def _given_groups(trainer: Trainer) -> list[dict[str, Any]]:
+    """Return the parameter groups of an optimizer that the user made or described."""
+    if trainer.optimizer is not None:
+        return list(trainer.optimizer.param_groups)
+    groups = trainer.optimizer_cls_and_kwargs[1].get("params", []) if trainer.optimizer_cls_and_kwargs else []
+    return [group for group in groups if isinstance(group, dict)] if isinstance(groups, list | tuple) else []
 
 
 def _optimizer(trainer: Trainer) -> list[str]:

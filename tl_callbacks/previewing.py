@@ -7,6 +7,7 @@ from tl_callbacks.groups import LayerGroup
 from tl_callbacks.preflight import factory_of, our_callbacks
 from tl_callbacks.strategies import Strategy
 from tl_callbacks.unfreezing.callback import GradualUnfreezing
+from tl_callbacks.unfreezing.plan import training_lengths
 
 
 def preview(trainer: Trainer) -> str:
@@ -32,8 +33,12 @@ def preview(trainer: Trainer) -> str:
         ['6', '6.00', 'encoder.layer.1,', 'encoder.layer.0,', 'embeddings', '4', '249,322', '0.1']
     """
     assert trainer.model is not None
-    lengths = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
-    steps_per_epoch, max_steps = lengths[1], lengths[-1]
+    lengths = training_lengths(trainer)
+    if lengths is None:
+        raise ValueError(
+            "preview needs the length of the training: give the Trainer a train_dataset with a length, or max_steps."
+        )
+    max_steps, steps_per_epoch = lengths
     callbacks = our_callbacks(trainer)
     unfreezing = next((callback for callback in callbacks if isinstance(callback, GradualUnfreezing)), None)
     plan = unfreezing.plan(max_steps, steps_per_epoch) if unfreezing else None
@@ -49,7 +54,7 @@ def preview(trainer: Trainer) -> str:
 
     kind = getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type)
     lines = [str(callback) for callback in callbacks if isinstance(callback, Strategy)]
-    lines += [f"{max_steps} steps, {steps_per_epoch} an epoch, {kind} schedule"]
+    lines += [f"{max_steps} steps, {steps_per_epoch or 'unknown'} an epoch, {kind} schedule"]
     lines += [groups.describe({"peak rate": rate, "opens at step": opens})]
     lines += [str(plan)] if plan else []
     return "\n".join(lines)

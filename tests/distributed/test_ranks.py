@@ -1,4 +1,4 @@
-"""Two ranks: bitwise equal after every step, and equal to one process with the same global batches."""
+"""Several ranks: bitwise equal after every step, and equal to one process with the same global batches."""
 
 import itertools
 import os
@@ -12,22 +12,32 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.worker import CELLS, OPENINGS, STEPS
+from tests.distributed.worker import CELLS, LAYOUTS, MATRIX, OPENINGS, RESUMED, STEPS
 
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")
-OPENING_CELLS = [(name, size) for name, cell in CELLS.items() for size in cell.world_sizes if cell.openings]
-RESUMED = ["resumed from 5", "resumed from 6", "resumed from 7"]
+TRAINED = [(name, layout) for name, cell in CELLS.items() for layout in cell.trained_by]
+SEVERAL = [(name, layout) for name, layout in TRAINED if layout != "1 rank"]
+OPENING = [(name, layout) for name, layout in TRAINED if CELLS[name].openings]
+RESUMES = [
+    (f"resume{kind}", start, layout)
+    for layout in RESUMED
+    for kind in (("SHARDED_STATE_DICT", "FULL_STATE_DICT") if layout == "FSDP2" else ("",))
+    for start in ("resumed from 5", "resumed from 6", "resumed from 7")
+]
 
 
-def launch(folder: Path, *launcher: str) -> int:
+def launch(folder: Path, layout: str) -> int:
     """Run the worker and return its exit status; what it printed is in log.txt."""
     folder.mkdir()
+    ranks, launcher = LAYOUTS[layout], []
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, *launcher, str(WORKER), str(folder)],
+            [sys.executable, *launcher, str(WORKER), str(folder), layout],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=log,
@@ -35,7 +45,7 @@ def launch(folder: Path, *launcher: str) -> int:
             start_new_session=True,
         )
         try:
-            return process.wait(timeout=300)
+            return process.wait(timeout=600)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             return process.wait()
@@ -48,25 +58,29 @@ def free_port() -> int:
 
 
 class Runs:
-    """What the ranks of both world sizes wrote, by cell."""
+    """What the ranks of each layout wrote, by cell. A layout is launched once, when it is first asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        port = str(free_port())
-        torchrun = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port)
-        self.status = {1: launch(folder / "1"), 2: launch(folder / "2", *torchrun)}
+        self._status: dict[str, int] = {}
 
-    def log(self, world_size: int) -> str:
-        return (self.folder / str(world_size) / "log.txt").read_text()[-4000:]
+    def status(self, layout: str) -> int:
+        if layout not in self._status:
+            self._status[layout] = launch(self.folder / layout, layout)
+        return self._status[layout]
 
-    def ranks(self, name: str, world_size: int = 2) -> list[dict[str, Any]]:
+    def log(self, layout: str) -> str:
+        return (self.folder / layout / "log.txt").read_text()[-4000:]
+
+    def ranks(self, name: str, layout: str = "2 ranks") -> list[dict[str, Any]]:
         """One dict a rank."""
-        files = [self.folder / str(world_size) / f"{name}.{rank}.pt" for rank in range(world_size)]
-        assert all(file.is_file() for file in files), self.log(world_size)
+        self.status(layout)
+        files = [self.folder / layout / f"{name}.{rank}.pt" for rank in range(LAYOUTS[layout])]
+        assert all(file.is_file() for file in files), self.log(layout)
         return [torch.load(file) for file in files]
 
     def single(self, name: str) -> dict[str, Any]:
-        return self.ranks(name, 1)[0]
+        return self.ranks(name, "1 rank")[0]
 
 
 @pytest.fixture(scope="module")
@@ -96,56 +110,70 @@ def deviation(ours: dict[str, Any], single: dict[str, Any]) -> float:
     return max(ratios)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_the_ranks_finish(world_size: int, runs: Runs) -> None:
-    assert runs.status[world_size] == 0, runs.log(world_size)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_ranks_finish(layout: str, runs: Runs) -> None:
+    assert runs.status(layout) == 0, runs.log(layout)
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_the_ranks_are_bitwise_equal_after_every_step(name: str, runs: Runs) -> None:
-    cell, (first, second) = CELLS[name], runs.ranks(name)
-    assert first["wrapper"] == second["wrapper"] == "DistributedDataParallel"
+@pytest.mark.parametrize(("name", "layout"), SEVERAL)
+def test_the_ranks_are_bitwise_equal_after_every_step(name: str, layout: str, runs: Runs) -> None:
+    cell, (first, *others) = CELLS[name], runs.ranks(name, layout)
+    wrapper = "DistributedDataParallel" if "ranks" in layout else "FSDP"
+    assert all(rank["wrapper"].startswith(wrapper) for rank in (first, *others))
     assert len(trainings(first)) == cell.trains
     assert len(trainings(first)[-1]) == STEPS + 1
     for hashes in trainings(first):
         assert len({tuple(step.values()) for step in hashes}) == len(hashes), "the control must move at each step"
-    differing = [
-        step for step, pair in enumerate(zip(first["hashes"], second["hashes"], strict=True)) if pair[0] != pair[1]
-    ]
-    if cell.broken == "ranks":
-        assert differing[:1] == [cell.openings[0] + 1], "a remedy switched off must show at the first opening"
-    else:
-        assert differing == []
-        assert first["events"] == second["events"]
+    for other in others:
+        pairs = zip(first["hashes"], other["hashes"], strict=True)
+        differing = [step for step, (one, two) in enumerate(pairs) if one != two]
+        if cell.broken == "ranks":
+            assert differing[:1] == [cell.openings[0] + 1], "a remedy switched off must show at the first opening"
+        else:
+            assert differing == []
+            assert first["events"] == other["events"]
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_the_ranks_equal_one_process_with_the_same_global_batches(name: str, runs: Runs) -> None:
+@pytest.mark.parametrize(("name", "layout"), SEVERAL)
+def test_the_ranks_equal_one_process_with_the_same_global_batches(name: str, layout: str, runs: Runs) -> None:
     cell, single = CELLS[name], runs.single(CELLS[name].like or name)
     assert single["wrapper"] != "DistributedDataParallel"
-    for rank in runs.ranks(name):
+    for rank in runs.ranks(name, layout):
         found = deviation(rank, single)
-        if cell.broken in ("ranks", "single"):
+        if cell.broken in ("ranks", "single", "frozen"):
             assert found > max(100 * cell.tolerance, 0.05)
         else:
             assert found < cell.tolerance
             assert rank["events"] == single["events"]
+            assert rank["trainable"] == single["trainable"]
 
 
-@pytest.mark.parametrize(("name", "world_size"), OPENING_CELLS)
-def test_groups_stay_bit_for_bit_frozen_until_they_open(name: str, world_size: int, runs: Runs) -> None:
+@pytest.mark.parametrize(("name", "layout"), [(name, layout) for name in MATRIX for layout in CELLS[name].trained_by])
+def test_every_opened_tensor_moves_far_more_than_the_tolerance(name: str, layout: str, runs: Runs) -> None:
+    for rank in runs.ranks(name, layout):
+        opened = {group for event in rank["events"] for group in event["groups"]}
+        assert opened == set(rank["hashes"][0]), "the matrix opens every group"
+        for parameter in rank["opened"]:
+            start, end = rank["start"][parameter], rank["end"][parameter]
+            assert (end - start).norm() > 100 * CELLS[name].tolerance * start.norm(), parameter
+
+
+@pytest.mark.parametrize(("name", "layout"), OPENING)
+def test_groups_stay_bit_for_bit_frozen_until_they_open(name: str, layout: str, runs: Runs) -> None:
     cell = CELLS[name]
-    for rank in runs.ranks(name, world_size):
+    for rank in runs.ranks(name, layout):
         assert [event["step"] for event in rank["events"]] == [0, *cell.openings]
         opens = {group: event["step"] for event in rank["events"] for group in event["groups"]}
+        moved_too_early = False
         for hashes in trainings(rank):
             for group in hashes[0]:
                 values = [step[group] for step in hashes]
                 opening = opens.get(group, STEPS)
                 moving = opening + 1 + (cell.lag if opening else 0)
-                assert set(values[: opening + 1]) == {values[0]}
+                moved_too_early |= set(values[: opening + 1]) != {values[0]}
                 if moving < len(values):
-                    assert values[moving] != values[opening], "an open group must move"
+                    assert values[moving] != values[opening] or cell.broken == "frozen", "an open group must move"
+        assert not moved_too_early or cell.broken == "frozen"
 
 
 def test_without_a_schedule_every_group_moves_at_the_first_step(runs: Runs) -> None:
@@ -161,27 +189,29 @@ def test_a_communication_hook_survives_each_opening(name: str, runs: Runs) -> No
         assert (rank["reduced"] == rank["trainable"]) is (CELLS[name].broken != "hook")
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("name", RESUMED)
-def test_a_resumed_run_equals_a_straight_one_bit_for_bit(name: str, world_size: int, runs: Runs) -> None:
-    for rank in runs.ranks("resume", world_size):
-        straight, resumed = rank["straight"], rank[name]
-        done = int(name.split()[-1])
+@pytest.mark.parametrize(("file", "start", "layout"), RESUMES)
+def test_a_resumed_run_equals_a_straight_one_bit_for_bit(file: str, start: str, layout: str, runs: Runs) -> None:
+    for rank in runs.ranks(file, layout):
+        straight, resumed = rank["straight"], rank[start]
+        done = int(start.split()[-1])
         assert resumed["hashes"] == straight["hashes"][done:]
         assert resumed["events"] == straight["events"]
         assert not torch.equal(resumed["start"]["classifier.weight"], resumed["end"]["classifier.weight"])
 
 
-def test_a_stopped_run_is_not_yet_there(runs: Runs) -> None:
-    for world_size in (1, 2):
-        for rank in runs.ranks("resume", world_size):
-            assert rank["stopped"]["hashes"] == rank["straight"]["hashes"][:7]
-            assert rank["stopped"]["hashes"][-1] != rank["straight"]["hashes"][-1]
-            assert rank["stopped"]["events"] != rank["straight"]["events"]
+@pytest.mark.parametrize(("file", "layout"), sorted({(file, layout) for file, _, layout in RESUMES}))
+def test_a_stopped_run_is_not_yet_there(file: str, layout: str, runs: Runs) -> None:
+    for rank in runs.ranks(file, layout):
+        assert rank["stopped"]["hashes"] == rank["straight"]["hashes"][:7]
+        assert rank["stopped"]["hashes"][-1] != rank["straight"]["hashes"][-1]
+        assert rank["stopped"]["events"] != rank["straight"]["events"]
 
 
-def test_resumed_ranks_are_bitwise_equal(runs: Runs) -> None:
-    first, second = runs.ranks("resume")
+@pytest.mark.parametrize(
+    ("file", "layout"), sorted({(file, layout) for file, _, layout in RESUMES if layout != "1 rank"})
+)
+def test_resumed_ranks_are_bitwise_equal(file: str, layout: str, runs: Runs) -> None:
+    first, second = runs.ranks(file, layout)
     assert {name: run["hashes"] for name, run in first.items()} == {name: run["hashes"] for name, run in second.items()}
 
 

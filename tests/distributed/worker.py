@@ -1,7 +1,7 @@
-"""Trains every cell on the ranks that launched it, and writes what each rank saw: one file per cell and rank.
+"""Trains every cell of a layout on the ranks that launched it, and writes what each saw: one file per cell and rank.
 
-Launched by `test_ranks.py`, with torch.distributed.run for two ranks and without for one:
-`python worker.py <folder>`.
+Launched by `test_ranks.py`, with torch.distributed.run for several ranks and without for one:
+`python worker.py <folder> <layout>`.
 """
 
 import hashlib
@@ -10,11 +10,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, ParallelismConfig
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed import GradBucket
@@ -25,6 +27,7 @@ from tests import tiny
 from tl_callbacks import (
     GradualUnfreezing,
     LayerGroups,
+    PreflightWarning,
     WeightAnchoring,
     at_steps,
     attach,
@@ -33,12 +36,15 @@ from tl_callbacks import (
     layerwise_optimizer,
     slanted_triangular,
 )
+from tl_callbacks.dtensors import reshard, whole
 from tl_callbacks.parameters import parameters_by_name
 from tl_callbacks.unfreezing import callback
 from tl_callbacks.unfreezing.reducer import rebuild_reducer
 
+LAYOUTS = {"1 rank": 1, "2 ranks": 2, "4 ranks": 4, "FSDP2": 2, "HSDP": 4}
 STEPS = 12
 OPENINGS = [3, 6, 9]
+RESUMED = ("1 rank", "2 ranks", "FSDP2")
 STRENGTH = {"decoupled": 0.05, "penalty": 0.5}
 
 Callbacks = Callable[[LayerGroups, int], list[TrainerCallback]]
@@ -62,8 +68,10 @@ class Cell:
         rebuild: what replaces `rebuild_reducer`, the remedy switched off.
         like: the cell of one process that it must equal; None: itself.
         tolerance: of the distance from one process, as a ratio to the distance travelled.
+        layouts: the layouts that train it; None: one rank, unless it is like another cell, and two.
+        reshard: what replaces `reshard`, FSDP2's remedy switched off.
         broken: what must fail: "ranks": the ranks' equality, so that with one process too; "single": the latter alone;
-            "hook": that the communication hook sees what is reduced.
+            "hook": that the communication hook sees what is reduced; "frozen": that what should be frozen is.
     """
 
     callbacks: Callbacks = lambda groups, ranks: []
@@ -77,14 +85,16 @@ class Cell:
     batch: int = 8
     seed: int = 1
     rebuild: Callable[[Any], None] = rebuild_reducer
+    reshard: Callable[[Any], None] = reshard
+    layouts: tuple[str, ...] | None = None
     like: str | None = None
     tolerance: float = 1e-10
     broken: str | None = None
 
     @property
-    def world_sizes(self) -> tuple[int, ...]:
-        """Numbers of ranks that train it."""
-        return (1, 2) if self.like is None else (2,)
+    def trained_by(self) -> tuple[str, ...]:
+        """The layouts that train it."""
+        return self.layouts or (("1 rank", "2 ranks") if self.like is None else ("2 ranks",))
 
 
 class Interrupt(TrainerCallback):
@@ -166,6 +176,8 @@ def rebuild_without_hooks(wrapper: Any) -> None:
 
 
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+EVALUATION = {"eval_strategy": "steps", "eval_steps": 1}
 GRADUAL: Callbacks = lambda g, n: [unfreezing(g, n)]  # noqa: E731
 PENALTY: Callbacks = lambda g, n: [WeightAnchoring(STRENGTH["penalty"], form="penalty")]  # noqa: E731
 ALL: Callbacks = lambda g, n: [unfreezing(g, n, rates="own"), *PENALTY(g, n)]  # noqa: E731
@@ -187,7 +199,7 @@ CELLS: dict[str, Cell] = {
     "unfreezing, no search for unused": Cell(GRADUAL, {"ddp_find_unused_parameters": False}, openings=THREE),
     "unfreezing, activation checkpointing": Cell(GRADUAL, CHECKPOINTING, openings=THREE),
     "unfreezing, SGD": Cell(GRADUAL, SGD, openings=THREE),
-    "unfreezing, evaluation": Cell(GRADUAL, {"eval_strategy": "steps", "eval_steps": 2}, openings=THREE),
+    "unfreezing, evaluation": Cell(GRADUAL, EVALUATION, openings=THREE),
     "own rates, layer-wise decay": Cell(lambda g, n: [unfreezing(g, n, rates="own")], decay=0.7, openings=THREE, lag=1),
     "slanted triangular": Cell(lambda g, n: [unfreezing(g, n, rates=slanted_triangular())], decay=0.7, openings=THREE),
     "keep frozen": Cell(lambda g, n: [unfreezing(g, n, openings=[3, 6], keep_frozen=["embeddings"])], openings=(3, 6)),
@@ -250,25 +262,7 @@ CELLS: dict[str, Cell] = {
     "decoupled, another start on each rank": Cell(
         lambda g, n: [WeightAnchoring(STRENGTH["decoupled"])], seeded_by_rank=True, like="decoupled"
     ),
-    # Remedies switched off: each must fail the same assertions.
-    "unfreezing, no rebuild": Cell(GRADUAL, openings=THREE, rebuild=nothing, like="unfreezing", broken="ranks"),
-    "accumulation, no rebuild": Cell(
-        GRADUAL,
-        ACCUMULATION,
-        openings=THREE,
-        rebuild=nothing,
-        like="unfreezing, double batch",
-        broken="ranks",
-    ),
-    "activation checkpointing, no rebuild": Cell(
-        GRADUAL,
-        CHECKPOINTING,
-        openings=THREE,
-        rebuild=nothing,
-        like="unfreezing, activation checkpointing",
-        broken="ranks",
-    ),
-    "LoRA, no rebuild": Cell(GRADUAL, openings=(3, 6), model="lora", rebuild=nothing, like="LoRA", broken="ranks"),
+    # A remedy switched off must fail the same assertions; the others follow the matrix below.
     "hook forgotten": Cell(
         lambda g, n: [CommHook(), unfreezing(g, n)],
         openings=THREE,
@@ -279,10 +273,35 @@ CELLS: dict[str, Cell] = {
 }
 
 
+# The parity matrix of the method card: every layout trains each of these, and each has its remedy switched off once.
+MATRIX = (
+    "unfreezing",
+    "unfreezing and decoupled",
+    "unfreezing and penalty",
+    "LoRA",
+    "unfreezing, activation checkpointing",
+    "unfreezing, reentrant checkpointing",
+    "unfreezing, accumulation",
+    "unfreezing, evaluation",
+)
+CELLS["unfreezing, reentrant checkpointing"] = Cell(GRADUAL, REENTRANT, openings=THREE)
+for _name in MATRIX:
+    _cell = CELLS[_name]
+    CELLS[_name] = replace(_cell, layouts=tuple(LAYOUTS) if _cell.like is None else tuple(LAYOUTS)[1:])
+    CELLS[f"{_name}, no rebuild"] = replace(
+        _cell, rebuild=nothing, like=_cell.like or _name, broken="ranks", layouts=("2 ranks", "4 ranks")
+    )
+CELLS["unfreezing, evaluation, no reshard"] = replace(
+    CELLS["unfreezing, evaluation"], reshard=nothing, like="unfreezing, evaluation", broken="frozen", layouts=("FSDP2",)
+)
+for _name in ("second training", "decoupled", "own rates, layer-wise decay", "all together"):
+    CELLS[_name] = replace(CELLS[_name], layouts=("1 rank", "2 ranks", "FSDP2"))
+
+
 class Witness(TrainerCallback):
     """Records after each step a hash of each group's bytes on this rank. Comes after ours."""
 
-    def __init__(self, groups: dict[str, list[nn.Parameter]]) -> None:
+    def __init__(self, groups: LayerGroups) -> None:
         self.groups = groups
         self.hashes: list[dict[str, str]] = []
         self.begins: list[int] = []
@@ -290,19 +309,40 @@ class Witness(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begins.append(len(self.hashes))
-        self.hashes.append(self._now())
+        self.hashes.append(self._now(kwargs["model"]))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainable.append(sum(p.numel() for ps in self.groups.values() for p in ps if p.requires_grad))
+        parameters = parameters_by_name(kwargs["model"])
+        self.trainable.append(sum(p.numel() for n in self.groups.parameters if (p := parameters[n]).requires_grad))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.hashes.append(self._now())
+        self.hashes.append(self._now(kwargs["model"]))
 
-    def _now(self) -> dict[str, str]:
+    def _now(self, model: nn.Module) -> dict[str, str]:
+        parameters = {name: whole(p.detach()).numpy() for name, p in parameters_by_name(model).items()}
         return {
-            name: hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in parameters)).hexdigest()[:16]
-            for name, parameters in self.groups.items()
+            group.name: hashlib.sha256(b"".join(parameters[n].tobytes() for n in group.parameters)).hexdigest()[:16]
+            for group in self.groups
         }
+
+
+SHARDING: dict[str, Any] = {}  # the training arguments of a layout that shards
+
+
+def shard(layout: str) -> None:
+    """Let accelerate shard on CPUs, which its own switch takes for plain DDP, and set what asks for it."""
+    join = PartialState.__init__
+
+    def joined(self: Any, *args: Any, **kwargs: Any) -> None:
+        join(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = joined
+    SHARDING["fsdp"] = True
+    SHARDING["fsdp_config"] = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}
+    if layout == "HSDP":
+        SHARDING["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
 
 
 def make(
@@ -328,13 +368,12 @@ def make(
         "train_sampling_strategy": "sequential",
         "per_device_train_batch_size": cell.batch // ranks,
     }
-    args = tiny.arguments(folder, **{**defaults, **cell.overrides, **overrides})
+    args = tiny.arguments(folder, **{**defaults, **SHARDING, **cell.overrides, **overrides})
     groups = group_layers(model)
     kwargs: dict[str, Any] = {}
     if cell.decay is not None:
         kwargs["optimizer_cls_and_kwargs"] = layerwise_optimizer(args, groups, decay=cell.decay)
-    parameters = parameters_by_name(model)
-    witness = Witness({group.name: [parameters[name] for name in group.parameters] for group in groups})
+    witness = Witness(groups)
     ours = callbacks(groups, ranks)
     trainer = tiny.trainer(model, args, rows, callbacks=[*ours, witness], **kwargs)
     for hook in ours:
@@ -347,7 +386,12 @@ def facts(trainer: Trainer, witness: Witness, start: dict[str, torch.Tensor]) ->
     model: Any = trainer.model
     return {
         "start": start,
-        "end": tiny.state(model),
+        "end": {name: whole(tensor) for name, tensor in tiny.state(model).items()},
+        "opened": [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and "key.bias" not in name  # the bias of attention keys has no gradient
+        ],
         "hashes": witness.hashes,
         "begins": witness.begins,
         "trainable": witness.trainable,
@@ -358,21 +402,21 @@ def facts(trainer: Trainer, witness: Witness, start: dict[str, torch.Tensor]) ->
 
 
 @contextmanager
-def rebuilding(rebuild: Callable[[Any], None]) -> Iterator[None]:
-    """Let the callback rebuild reducers with another function."""
-    callback.rebuild_reducer = rebuild
+def remedies(cell: Cell) -> Iterator[None]:
+    """Let the callback rebuild and reshard as the cell says."""
+    callback.rebuild_reducer, callback.reshard = cell.rebuild, cell.reshard
     try:
         yield
     finally:
-        callback.rebuild_reducer = rebuild_reducer
+        callback.rebuild_reducer, callback.reshard = rebuild_reducer, reshard
 
 
 def run(cell: Cell, folder: Path, ranks: int) -> dict[str, Any]:
     """Train one cell and return what this rank saw."""
     trainer, witness = make(folder, cell.callbacks, ranks=ranks, cell=cell)
     start = tiny.state(trainer.model)
-    attach(trainer)
-    with rebuilding(cell.rebuild):
+    attach(trainer, verify_ranks=0 if cell.broken else 2)
+    with remedies(cell):
         for _ in range(cell.trains):
             with suppress(KeyboardInterrupt):
                 trainer.train()
@@ -425,19 +469,31 @@ def unattached(folder: Path, ranks: int) -> dict[str, Any]:
     return {"error": None, "warnings": [str(warning.message) for warning in caught]}
 
 
-def main(folder: Path) -> None:
-    """Run all cells of this world size."""
+def main(folder: Path, layout: str) -> None:
+    """Run all cells of this layout."""
     torch.set_num_threads(1)
-    world = tiny.arguments(folder)  # joins the process group
+    warnings.simplefilter("ignore", PreflightWarning)
+    if layout in ("FSDP2", "HSDP"):
+        shard(layout)
+    world = tiny.arguments(folder, **SHARDING)  # joins the process group
     rank, ranks = world.process_index, world.world_size
+
+    def write(name: str, found: dict[str, Any]) -> None:
+        torch.save(found, folder / f"{name}.{rank}.pt")
+
     for name, cell in CELLS.items():
-        if ranks in cell.world_sizes:
-            torch.save(run(cell, folder / "runs" / name, ranks), folder / f"{name}.{rank}.pt")
-    torch.save(resume(folder / "runs" / "resume", ranks), folder / f"resume.{rank}.pt")
-    torch.save(unattached(folder / "runs" / "unattached", ranks), folder / f"unattached.{rank}.pt")
+        if layout in cell.trained_by:
+            write(name, run(cell, folder / "runs" / name, ranks))
+    if layout in RESUMED:
+        for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT") if SHARDING else ("",):
+            if SHARDING:
+                SHARDING["fsdp_config"]["state_dict_type"] = kind
+            write(f"resume{kind}", resume(folder / "runs" / f"resume{kind}", ranks))
+    if layout in ("1 rank", "2 ranks"):
+        write("unattached", unattached(folder / "runs" / "unattached", ranks))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

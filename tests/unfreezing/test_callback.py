@@ -15,6 +15,8 @@ from tl_callbacks import (
     GradualUnfreezing,
     LayerGroups,
     NoEffectWarning,
+    PreflightError,
+    PreflightWarning,
     UnfreezeSchedule,
     at_fractions,
     at_steps,
@@ -334,7 +336,8 @@ def test_early_stopping_works_beside_it(tmp_path: Path) -> None:
     )  # fmt: skip
     callbacks = [GradualUnfreezing(group_layers(model), every(2)), EarlyStoppingCallback(1, 1e9)]
     trainer = tiny.trainer(model, args, callbacks=callbacks)
-    attach(trainer)
+    with pytest.warns(PreflightWarning, match="at step 4, before `embeddings` opens at step 8"):
+        attach(trainer)
     trainer.train()
     assert trainer.state.global_step < 12
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -345,9 +348,9 @@ def test_groups_that_never_open_are_named(tmp_path: Path) -> None:
     trainer = tiny.trainer(
         model, tiny.arguments(tmp_path), callbacks=[GradualUnfreezing(group_layers(model), every(5))]
     )
-    attach(trainer)
-    with pytest.warns(NoEffectWarning, match="never opens `embeddings`, `encoder.layer.0` within 12 steps"):
-        trainer.train()
+    with pytest.warns(PreflightWarning, match="never opens `embeddings`, `encoder.layer.0` within 12 steps"):
+        attach(trainer)
+    trainer.train()
 
 
 def test_groups_that_are_held_frozen_are_no_warning(tmp_path: Path) -> None:
@@ -490,9 +493,8 @@ def test_an_iterable_dataset_has_no_epochs_to_count(tmp_path: Path) -> None:
     trainer = Trainer(
         model, args, train_dataset=Stream(), callbacks=[GradualUnfreezing(group_layers(model), per_epoch())]
     )
-    attach(trainer)
-    with pytest.raises(ValueError, match="`steps_per_epoch` is None"):
-        trainer.train()
+    with pytest.raises(PreflightError, match="`steps_per_epoch` is None"):
+        attach(trainer)
     fresh = tiny.bert()
     callbacks = [GradualUnfreezing(group_layers(fresh), at_fractions([0.2, 0.4, 0.6, 0.8]))]
     trainer = Trainer(fresh, args, train_dataset=Stream(), callbacks=callbacks)

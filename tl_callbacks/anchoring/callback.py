@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -15,6 +16,7 @@ from tl_callbacks.anchoring.penalties import distance, half_life, penalty_gradie
 from tl_callbacks.anchoring.reference import broadcast_, given, snapshot
 from tl_callbacks.callbacks import TransferCallback, announce
 from tl_callbacks.discovery import group_layers
+from tl_callbacks.dtensors import local, placed_like, reshard
 from tl_callbacks.errors import NoEffectWarning
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.names import closest
@@ -88,6 +90,7 @@ class WeightAnchoring(TransferCallback):
         self.exclude = exclude
         self.groups = groups
         self._weights: dict[str, Tensor] | None = None
+        self._placed: dict[str, Tensor] = {}  # the same on the parameters' devices, in their dtypes and shards
         self._model: Callable[[], nn.Module | None] = lambda: None
         self._handles: list[RemovableHandle] = []
         self._anchored: list[_Anchored] = []
@@ -113,8 +116,6 @@ class WeightAnchoring(TransferCallback):
                 f"optim={trainer.args.optim} steps inside the backward pass, where WeightAnchoring has no place to "
                 "enter. Choose another, such as adamw_torch_fused."
             )
-        if trainer.args.deepspeed or trainer.args.fsdp:
-            found.append("WeightAnchoring does not support sharded training (FSDP, DeepSpeed); train with DDP.")
         return found
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -137,8 +138,9 @@ class WeightAnchoring(TransferCallback):
     ) -> None:
         """Register the hooks that pull, or say that there is nothing to pull."""
         self.restore(kwargs["model"])
+        reshard(kwargs["model"])
         self._anchored = self._pair(kwargs["model"], kwargs["optimizer"])
-        broadcast_({str(place): anchored.reference for place, anchored in enumerate(self._anchored)})
+        broadcast_(self._placed)
         if self._anchored:
             self._register(kwargs["model"], kwargs["optimizer"])
             announce(self._summary(), state)
@@ -174,18 +176,20 @@ class WeightAnchoring(TransferCallback):
         self._due = False
 
     def distances(self, model: nn.Module) -> dict[str, float]:
-        """Return each anchored group's Euclidean distance from the reference, bottom to top.
+        """Return each anchored group's Euclidean distance from the reference, bottom to top. Call it on all ranks.
 
         Args:
             model: the model without wrappers.
         """
         assert self._weights is not None
+        reshard(model)
         parameters = parameters_by_name(model)
+        references = {**self._weights, **self._placed}
         result = {}
         for group in self._groups(model):
-            held = [name for name in group.parameters if name in self._weights]
+            held = [name for name in group.parameters if name in references]
             if held:
-                result[group.name] = distance((parameters[name], self._weights[name]) for name in held)
+                result[group.name] = distance((parameters[name], references[name]) for name in held)
         return result
 
     def facts(self) -> Mapping[str, Any]:
@@ -218,6 +222,7 @@ class WeightAnchoring(TransferCallback):
                 f"WeightAnchoring's groups name `{unknown[0]}` and {len(unknown) - 1} other parameters that this model "
                 f"does not have (closest: {closest(unknown[0], known)}). Make them with group_layers(model)."
             )
+        self._placed = {}
         self._weights = snapshot(model, names) if self.reference is None else given(model, names, self.reference)
         self._model = weakref.ref(model)
 
@@ -230,8 +235,9 @@ class WeightAnchoring(TransferCallback):
         strengths = self._strengths(model)
         parameters = parameters_by_name(model)
         holder = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self._placed = {name: placed_like(weight, parameters[name]) for name, weight in self._weights.items()}
         return [
-            _Anchored(parameters[name], self._weights[name].to(parameters[name]), strengths[group.name], holder[id(p)])
+            _Anchored(parameters[name], self._placed[name], strengths[group.name], holder[id(p)])
             for group in self._groups(model)
             if group.name in strengths
             for name in group.parameters
@@ -245,6 +251,7 @@ class WeightAnchoring(TransferCallback):
         else:
             self._handles.append(model.register_forward_pre_hook(self._seed))
 
+    @torch.no_grad()
     def _pull(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0:
@@ -252,7 +259,7 @@ class WeightAnchoring(TransferCallback):
         for parameter, reference, strength, group in self._anchored:
             peak = group.get("initial_lr", optimizer.defaults["lr"])
             if parameter.grad is not None and peak > 0:
-                pull_(parameter, reference, strength * float(group["lr"]) / peak)
+                pull_(local(parameter), local(reference), strength * float(group["lr"]) / peak)
 
     def _seed(self, root: nn.Module, inputs: Any) -> None:
         """Start the gradients of this step at the penalty's.

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from tl_callbacks.dtensors import whole
+
 
 @torch.no_grad()
 def pull_(parameter: Tensor, reference: Tensor, weight: float) -> Tensor:
@@ -66,7 +68,8 @@ def distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
         >>> distance([(torch.tensor([3.0, 0.0]), torch.zeros(2)), (torch.tensor([4.0]), torch.zeros(1))])
         5.0
     """
-    return math.sqrt(sum(float((parameter - reference).double().square().sum()) for parameter, reference in pairs))
+    squares = (whole((parameter - reference).double().square().sum()) for parameter, reference in pairs)
+    return math.sqrt(sum(float(square) for square in squares))
 
 
 def half_life(strength: float) -> float:

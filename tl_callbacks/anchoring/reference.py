@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from tl_callbacks.names import closest, normalise
 from tl_callbacks.parameters import parameters_by_name
@@ -62,11 +63,13 @@ def given(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tensor])
 def broadcast_(reference: Mapping[str, Tensor]) -> None:
     """Give every rank the reference of rank 0, in place, as DDP gives every rank the weights of rank 0.
 
-    Ranks that initialise new weights under different seeds would otherwise be pulled apart.
+    Ranks that initialise new weights under different seeds would otherwise be pulled apart. What is sharded came from
+    rank 0 when it was sharded.
 
     Args:
         reference: parameter name to tensor, the same names in the same order on all ranks.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         for tensor in reference.values():
-            dist.broadcast(tensor, src=0)
+            if not isinstance(tensor, DTensor):
+                dist.broadcast(tensor, src=0)

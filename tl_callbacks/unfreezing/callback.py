@@ -12,8 +12,9 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from tl_callbacks import events
 from tl_callbacks.callbacks import TransferCallback, announce
 from tl_callbacks.discovery.order import watch_order
+from tl_callbacks.dtensors import casts_what_trains, reshard, to_float32
 from tl_callbacks.frozen.eval_mode import keep_in_eval, release
-from tl_callbacks.frozen.state import set_frozen
+from tl_callbacks.frozen.state import openable, set_frozen
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.unfreezing import checks
 from tl_callbacks.unfreezing.plan import Phase, UnfreezePlan, by_tower, make_plan, steps_per_epoch
@@ -110,8 +111,14 @@ class GradualUnfreezing(TransferCallback):
         """Return what would go wrong: groups of another model, a second GradualUnfreezing, an unsound scheduler."""
         return checks.findings(self, trainer)
 
+    def cautions(self, trainer: Trainer) -> list[str]:
+        """Return what to know before: groups that never open, an early stop before them, compilations, slow steps."""
+        return checks.cautions(self, trainer)
+
     def before_optimizer_load(self, model: nn.Module, state: TrainerState) -> None:
         """Set the freeze state that the recorded openings say, or the one of step 0."""
+        if self.trainer is not None and casts_what_trains(self.trainer):
+            to_float32(openable(model))
         opened = [name for event in events.read(state.log_history, EVENT) for name in event["groups"]]
         self._apply(model, opened or self._open_at_start())
 
@@ -152,6 +159,7 @@ class GradualUnfreezing(TransferCallback):
     def restore(self, model: nn.Module) -> None:
         """Open everything this package froze and remove the hook. Safe to call twice."""
         self._stop_watching()
+        reshard(model)
         release(model)
         set_frozen(model, frozenset())
         self._applied = None
@@ -178,12 +186,18 @@ class GradualUnfreezing(TransferCallback):
         """Return whether nothing is frozen at step 0."""
         return len(self._open_at_start()) + len(self.keep_frozen) == len(self.groups)
 
+    def freezes_nothing(self) -> bool:
+        """Return whether all groups are open from step 0 on."""
+        return self.opens_all_at_once() and not self.keep_frozen
+
     def _apply(self, model: nn.Module, open_groups: Sequence[str]) -> None:
         frozen = [name for group in self.groups if group.name not in set(open_groups) for name in group.parameters]
+        reshard(model)
         release(model)
         set_frozen(model, frozenset(frozen))
         keep_in_eval(model)
         self._applied = tuple(name for name in self.groups.names if name in set(open_groups))
+        self.transitions += 1
 
     def _rebuild(self) -> None:
         if self.trainer is not None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.tables import table
@@ -212,3 +212,14 @@ def steps_per_epoch(dataloader: Iterable[Any], args: TrainingArguments) -> int |
     except TypeError:  # a DataLoader over an iterable dataset
         return None
     return max(1, -(-batches // args.gradient_accumulation_steps))
+
+
+def training_lengths(trainer: Trainer) -> tuple[int, int | None] | None:
+    """Return (optimizer steps of the training, of an epoch) ahead of it; None without a training set of known length.
+
+    The steps of an epoch are None where the training set has no length and `max_steps` is given.
+    """
+    if not isinstance(trainer.train_dataset, Sized):
+        return (trainer.args.max_steps, None) if trainer.args.max_steps > 0 else None
+    lengths = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return lengths[-1], lengths[1]
