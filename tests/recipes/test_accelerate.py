@@ -37,7 +37,8 @@ from tests.recipes import test_text_classification
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes/accelerate"
 FILES = sorted(path for path in FOLDER.rglob("*") if path.is_file())
-LAUNCHED = Path(__file__).with_name("launched.py")
+RANKS = Path(__file__).with_name("launched_ranks.py")
+RECIPE = Path(__file__).with_name("launched_recipe.py")
 
 model = test_text_classification.model
 
@@ -132,7 +133,7 @@ def test_the_command_of_the_first_lines(path: Path, monkeypatch: pytest.MonkeyPa
     assert training.use_cpu == path.stem.startswith("cpu")
     if args.num_machines > 1:
         assert "--machine_rank" in words
-        assert args.main_process_ip in ("192.0.2.1",), "an address for examples"
+        assert args.main_process_ip == "192.0.2.1", "an address reserved for examples"
 
 
 @pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
@@ -231,7 +232,7 @@ def test_what_is_started(arguments: list[str], options: list[str], expected: lis
     (tmp_path / "out").mkdir()
     other = str(changed(tmp_path, "cpu2", "distributed_type: MULTI_GPU", "distributed_type: MULTI_CPU"))
     arguments = [other if argument == "MULTI_CPU" else argument for argument in arguments]
-    process = start(*arguments, str(LAUNCHED), "ranks", str(tmp_path / "out"), *options)
+    process = start(*arguments, str(RANKS), str(tmp_path / "out"), *options)
     log = finish(process)
     assert process.returncode == 0, log
     assert ranks(tmp_path / "out") == expected, log
@@ -245,8 +246,7 @@ def test_two_machines_find_each_other(tmp_path: Path) -> None:
     here = ["--main_process_ip", "127.0.0.1", "--main_process_port", port]
     config = ["--config_file", str(FOLDER / "multi_node.yaml")]
     machines = [
-        start(*config, "--machine_rank", rank, *here, str(LAUNCHED), "ranks", str(tmp_path), "--use_cpu")
-        for rank in ("0", "1")
+        start(*config, "--machine_rank", rank, *here, str(RANKS), str(tmp_path), "--use_cpu") for rank in ("0", "1")
     ]
     logs = [finish(process) for process in machines]
     assert [process.returncode for process in machines] == [0, 0], logs
@@ -260,8 +260,8 @@ def test_the_recipe_on_two_ranks(rebuild: bool, model: Path, tmp_path: Path) -> 
         model, tmp_path, max_steps=None, num_train_epochs=2, learning_rate=1e-2, lr_scheduler_type="constant"
     )
     config = str(ROOT / "recipes/configs/text_classification/gradual.yaml")
-    what = "recipe" if rebuild else "recipe-no-rebuild"
-    process = start(*CPU2, str(LAUNCHED), what, str(tmp_path), "--config", config, *options)
+    remedy = "rebuild" if rebuild else "no-rebuild"
+    process = start(*CPU2, str(RECIPE), str(tmp_path), remedy, "--config", config, *options)
     log = finish(process)
     assert process.returncode == 0, log
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))

@@ -195,17 +195,18 @@ def test_metrics_load_without_a_network() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+@pytest.mark.parametrize("launcher", ["cpu", "cpu2", "torchrun"])
 def test_the_command_line_trains_stops_and_resumes(launcher: str, model: Path, tmp_path: Path) -> None:
     config = ROOT / "recipes/configs/text_classification/gradual.yaml"
-    start = {
-        "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713"],
-    }[launcher]
+    if launcher == "torchrun":
+        start = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713"]
+    else:
+        file = str(ROOT / f"recipes/accelerate/{launcher}.yaml")
+        start = ["accelerate.commands.launch", "--config_file", file, "--main_process_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
     def run(*more: str) -> dict[str, Any]:
-        command = [*start, str(ROOT / "recipes/text_classification.py"), "--config", str(config)]
+        command = [sys.executable, "-m", *start, str(ROOT / "recipes/text_classification.py"), "--config", str(config)]
         command += options(model, tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
         subprocess.run([*command, *more], check=True, env=environment, cwd=tmp_path, timeout=300)
         return json.loads((tmp_path / "run" / "recipe.json").read_text())  # type: ignore[no-any-return]

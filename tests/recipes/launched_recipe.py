@@ -1,19 +1,15 @@
-"""What `test_accelerate.py` launches; each process leaves one file in a folder.
+"""The text-classification recipe, each of whose processes writes its weights: launched by `test_accelerate.py`.
 
-`python launched.py ranks <folder> [--use_cpu]` writes what the process knows of the others. `python launched.py recipe
-<folder> <options>` runs the text-classification recipe and writes the weights it ends with; with `recipe-no-rebuild`,
-DDP goes on reducing what was open at first.
+`python launched_recipe.py <folder> rebuild | no-rebuild <the recipe's options>`. Without the rebuild DDP goes on
+reducing what was open at first.
 """
 
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import text_classification
 import torch
-from accelerate import PartialState
 from arguments import parse
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import DEFAULT_CALLBACKS
@@ -36,19 +32,13 @@ class Weights(TrainerCallback):
         torch.save(found | {"after": kwargs["model"].state_dict()}, self.folder / f"{args.process_index}.pt")
 
 
-def main(what: str, folder: Path, options: list[str]) -> None:
-    """Write this process's file."""
-    if what == "ranks":
-        state = PartialState(cpu="--use_cpu" in options)
-        found = {"rank": state.process_index, "world_size": state.num_processes}
-        found["machine"] = int(os.environ.get("GROUP_RANK", "0"))
-        (folder / f"{os.getpid()}.json").write_text(json.dumps(found))
-        return
-    if what == "recipe-no-rebuild":
+def main(folder: Path, rebuild: str, options: list[str]) -> None:
+    """Run the recipe, so that each of its Trainers gets the callback."""
+    if rebuild == "no-rebuild":
         callback.rebuild_reducer = lambda wrapper: None
     DEFAULT_CALLBACKS.append(Weights(folder))
     text_classification.main(*parse((text_classification.Recipe, TrainingArguments), options))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
