@@ -1,6 +1,7 @@
 """What would go wrong, found before step 1: all findings at once."""
 
 import itertools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,6 +55,12 @@ def preflight(trainer: Trainer) -> list[str]:
     found += _rates(trainer)
     for callback in our_callbacks(trainer):
         found += callback.findings(trainer)
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if trainer.args.world_size < started:
+        found.append(
+            f"{started} processes were started, but the Trainer sees {trainer.args.world_size}: each would train alone "
+            "and write the same files. Expected one GPU a process; without GPUs set use_cpu=True in TrainingArguments."
+        )
     ignored = {normalise(name) for name in getattr(trainer.model, "_ddp_params_and_buffers_to_ignore", ())}
     if trainer.args.world_size > 1 and (apart := [name for name in openable(trainer.model) if name in ignored]):
         found.append(

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,15 @@ from accelerate.utils import (
     prepare_deepspeed_cmd_env,
     prepare_multi_gpu_env,
 )
-from arguments import check_processes, parse
+from arguments import parse
 from text_classification import Recipe
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import TrainingArguments
 
+from tests import tiny
 from tests.recipes import test_text_classification
+from tl_callbacks import PreflightError, attach
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes/accelerate"
@@ -130,7 +133,7 @@ def test_the_command_of_the_first_lines(path: Path, monkeypatch: pytest.MonkeyPa
     assert Path(args.training_script).is_file()
     recipe, training = parse((Recipe, TrainingArguments), args.training_script_args)
     assert recipe.train_file == "train.csv"
-    assert training.use_cpu == path.stem.startswith("cpu")
+    assert training.use_cpu == (path.stem == "cpu")
     if args.num_machines > 1:
         assert "--machine_rank" in words
         assert args.main_process_ip == "192.0.2.1", "an address reserved for examples"
@@ -175,14 +178,29 @@ def test_deepspeed_leaves_the_optimizer_to_the_trainer(
 
 
 def test_processes_that_do_not_see_each_other_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    trainer = tiny.trainer(tiny.bert(), tiny.arguments(tmp_path))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    check_processes(args)  # no launcher of processes: they are some scheduler's
+    attach(trainer)  # no launcher of processes: they are some scheduler's
     monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(ValueError, match=r"2 processes were started, but the Trainer sees 1.* add --use_cpu true"):
-        check_processes(args)
+    with pytest.raises(PreflightError, match=r"2 processes were started, but the Trainer sees 1.* set use_cpu=True"):
+        attach(trainer)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    check_processes(args)
+    attach(trainer)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_ranks_without_a_gpu_take_the_cpu(started: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass
+    class Arguments:
+        """As TrainingArguments, which would join the other processes."""
+
+        use_cpu: bool = False
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    if started:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    assert parse((Arguments,), [])[0].use_cpu is started
+    assert parse((Arguments,), ["--use_cpu", "false"])[0].use_cpu is False
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -257,7 +275,13 @@ def test_two_machines_find_each_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rebuild", [True, False])
 def test_the_recipe_on_two_ranks(rebuild: bool, model: Path, tmp_path: Path) -> None:
     options = test_text_classification.options(
-        model, tmp_path, max_steps=None, num_train_epochs=2, learning_rate=1e-2, lr_scheduler_type="constant"
+        model,
+        tmp_path,
+        use_cpu=None,
+        max_steps=None,
+        num_train_epochs=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
     )
     config = str(ROOT / "recipes/configs/text_classification/gradual.yaml")
     remedy = "rebuild" if rebuild else "no-rebuild"
@@ -273,13 +297,3 @@ def test_the_recipe_on_two_ranks(rebuild: bool, model: Path, tmp_path: Path) -> 
     assert bool(apart) is not rebuild
     assert [path.parent.name for path in tmp_path.rglob("recipe.json")] == ["run"]
     assert json.loads((tmp_path / "run/recipe.json").read_text())["training"]["global_step"] == 6
-
-
-@pytest.mark.distributed
-def test_the_recipe_refuses_ranks_that_would_train_alone(model: Path, tmp_path: Path) -> None:
-    options = test_text_classification.options(model, tmp_path, use_cpu=None)
-    process = start(*CPU2, str(ROOT / "recipes/text_classification.py"), *options)
-    log = finish(process)
-    assert process.returncode != 0
-    assert "2 processes were started, but the Trainer sees 1" in log
-    assert not (tmp_path / "run").exists()
