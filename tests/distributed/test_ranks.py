@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,7 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.worker import CELLS, LAYOUTS, MATRIX, OPENINGS, RESUMED, STEPS
+from tests.distributed.worker import (
+    CELLS,
+    FROZEN,
+    HEAD,
+    LAYOUTS,
+    MATRIX,
+    OPENINGS,
+    PLANTED,
+    PLANTS,
+    RESUMED,
+    STEPS,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -213,6 +225,27 @@ def test_a_stopped_run_is_not_yet_there(file: str, layout: str, runs: Runs) -> N
 def test_resumed_ranks_are_bitwise_equal(file: str, layout: str, runs: Runs) -> None:
     first, second = runs.ranks(file, layout)
     assert {name: run["hashes"] for name, run in first.items()} == {name: run["hashes"] for name, run in second.items()}
+
+
+@pytest.mark.parametrize("layout", PLANTED)
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_planted_difference_stops_the_run_with_its_name(name: str, layout: str, runs: Runs) -> None:
+    step = PLANTS[name][-1]
+    found = [rank[name] for rank in runs.ranks("planted", layout)]
+    last, other = LAYOUTS[layout] - 1, 1 if layout == "HSDP" and name != "what trains" else 0  # its replica
+    assert all(rank["step"] == (STEPS if step is None else step) for rank in found)
+    if step is None:
+        assert [rank["error"] for rank in found] == [None] * len(found)
+        return
+    if name == "what trains":
+        expected = rf"after step {step}, `{HEAD}` is frozen on rank {last} and trains on rank {other}; 1 of \d+"
+    else:
+        planted = HEAD if "open" in name else FROZEN
+        expected = rf"after step {step}, the weights of `{planted}` on rank {last} are not those of rank {other}; "
+    for rank in found:
+        assert re.match(expected, rank["error"]), rank["error"]
+        assert "when all were equal" in rank["error"]
+    assert [rank["frozen"] for rank in found[:-1]] == [[]] * last, "an error leaves nothing frozen"
 
 
 def test_an_unattached_callback_is_refused_on_several_ranks(runs: Runs) -> None:

@@ -36,7 +36,7 @@ from tl_callbacks import (
     layerwise_optimizer,
     slanted_triangular,
 )
-from tl_callbacks.dtensors import reshard, whole
+from tl_callbacks.dtensors import local, reshard, whole
 from tl_callbacks.parameters import parameters_by_name
 from tl_callbacks.unfreezing import callback
 from tl_callbacks.unfreezing.reducer import rebuild_reducer
@@ -45,6 +45,7 @@ LAYOUTS = {"1 rank": 1, "2 ranks": 2, "4 ranks": 4, "FSDP2": 2, "HSDP": 4}
 STEPS = 12
 OPENINGS = [3, 6, 9]
 RESUMED = ("1 rank", "2 ranks", "FSDP2")
+PLANTED = ("2 ranks", "4 ranks", "HSDP")
 STRENGTH = {"decoupled": 0.05, "penalty": 0.5}
 
 Callbacks = Callable[[LayerGroups, int], list[TrainerCallback]]
@@ -457,6 +458,65 @@ def resume(folder: Path, ranks: int) -> dict[str, Any]:
     return found
 
 
+class Plant(TrainerCallback):
+    """Makes the last rank differ, once, at the end of a step and before the ranks are compared."""
+
+    def __init__(self, change: Callable[[dict[str, nn.Parameter]], None], step: int) -> None:
+        self.change = change
+        self.step = step
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step and args.process_index == args.world_size - 1:
+            reshard(kwargs["model"])
+            self.change(parameters_by_name(kwargs["model"]))
+
+
+def flip(name: str) -> Callable[[dict[str, nn.Parameter]], None]:
+    """A change of the lowest bit of one element."""
+
+    def change(parameters: dict[str, nn.Parameter]) -> None:
+        with torch.no_grad():
+            local(parameters[name]).view(-1).view(torch.int64)[1] ^= 1
+
+    return change
+
+
+def freeze(parameters: dict[str, nn.Parameter]) -> None:
+    """A change of what trains."""
+    parameters[HEAD].requires_grad_(False)
+
+
+HEAD = "classifier.weight"
+FROZEN = "bert.embeddings.word_embeddings.weight"
+# What is planted, after which step, `verify_ranks`, and the step at which it is found; None: it is not.
+PLANTS: dict[str, tuple[Callable[[dict[str, nn.Parameter]], None], int, int, int | None]] = {
+    "a frozen weight, at the interval": (flip(FROZEN), 1, 2, 2),
+    "a frozen weight, at the next transition": (flip(FROZEN), 1, 100, 4),
+    "an open weight": (flip(HEAD), 4, 5, 5),
+    "what trains": (freeze, 4, 1, 4),
+    "the control: nobody looks": (flip(FROZEN), 1, 0, None),
+}
+
+
+def planted(folder: Path, ranks: int) -> dict[str, Any]:
+    """Train with each defect planted, and return the error and the step it came at."""
+    found = {}
+    for name, (change, step, interval, _) in PLANTS.items():
+        trainer, _ = make(
+            folder / name, lambda g, n, c=change, s=step: [unfreezing(g, n), Plant(c, s)], ranks=ranks, cell=Cell()
+        )
+        attach(trainer, verify_ranks=interval)
+        try:
+            trainer.train()
+            error = None
+        except RuntimeError as raised:
+            error = str(raised)
+        assert trainer.model is not None
+        frozen = [n for n, p in trainer.model.named_parameters() if not p.requires_grad]
+        found[name] = {"error": error, "step": trainer.state.global_step, "frozen": frozen}
+    return found
+
+
 def unattached(folder: Path, ranks: int) -> dict[str, Any]:
     """Train without `attach`, and return the error."""
     trainer, _ = make(folder, GRADUAL, ranks=ranks, cell=Cell())
@@ -489,6 +549,8 @@ def main(folder: Path, layout: str) -> None:
             if SHARDING:
                 SHARDING["fsdp_config"]["state_dict_type"] = kind
             write(f"resume{kind}", resume(folder / "runs" / f"resume{kind}", ranks))
+    if layout in PLANTED:
+        write("planted", planted(folder / "runs" / "planted", ranks))
     if layout in ("1 rank", "2 ranks"):
         write("unattached", unattached(folder / "runs" / "unattached", ranks))
     if torch.distributed.is_initialized():
