@@ -107,7 +107,7 @@ def _rates(trainer: Trainer) -> list[str]:
         name = type(scheduler).__name__ if scheduler is not None else f"lr_scheduler_type={kind}"
         found.append(
             f"{name} stops at the same lowest rate, {floor}, in every group, so that groups of different rates become "
-            "equal, and one below it is raised. Use a scheduler that scales each group's rate, such as linear or "
+            "equal. Use a scheduler that scales each group's rate, such as linear or "
             "cosine_with_min_lr, or set the floor to 0."
         )
     return found
