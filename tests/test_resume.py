@@ -134,9 +134,9 @@ FRACTIONS = SETTINGS["fractions"]
 EPOCHS = SETTINGS["per epoch"]
 CHANGES: dict[str, tuple[str, Setting, Regroup, dict[str, Any], str | None]] = {
     "nothing": ("unfreezing", FROM, unchanged, {}, None),
-    "merged groups": ("unfreezing", FROM, merged, {}, "other parameter groups.*here: `lower`"),
-    "swapped groups": ("unfreezing", FROM, swapped, {}, "other parameter groups.*here: `encoder.layer.0`"),
-    "renamed group": ("unfreezing", FROM, renamed, {}, "records .*'head'.* as open.* would have opened .*'top'"),
+    "merged groups": ("unfreezing", FROM, merged, {}, "other layer groups .*`lower` here"),
+    "swapped groups": ("unfreezing", FROM, swapped, {}, "other layer groups .*`encoder.layer.1` here"),
+    "renamed group": ("unfreezing", FROM, renamed, {}, "other layer groups .*`head` there, `top` here"),
     "earlier schedule": (
         "unfreezing",
         replace(FROM, callbacks=unfreezing(at_steps([2, 3, 4]))),

@@ -49,6 +49,19 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def renew_precision(model: nn.Module) -> None:
+    """Make FSDP2 decide anew in which dtype each of its units reduces gradients. Does nothing to another model.
+
+    It decides that from what trains when a unit is first gathered; one of which nothing trained then cannot reduce
+    under mixed precision once it is opened. Gathering a unit lets it decide again. Call it on all ranks, after
+    `requires_grad` was changed and between steps.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
+
+
 def casts_what_trains(trainer: Trainer) -> bool:
     """Return whether accelerate will cast to float32 what trains when it shards the model: FSDP2 in mixed precision."""
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)

@@ -16,6 +16,7 @@ from tl_callbacks.callbacks import TransferCallback, as_json
 from tl_callbacks.discovery.order import watch_order
 from tl_callbacks.frozen.state import openable
 from tl_callbacks.groups import LayerGroups
+from tl_callbacks.layerwise.factory import record_groups
 from tl_callbacks.parameters import parameters_by_name, true_size
 
 SCHEMA_VERSION = 1
@@ -87,6 +88,8 @@ class Recorder(TransferCallback):
     ) -> None:
         """Write what is known before step 1, and watch in which order the first forward uses the groups."""
         self._write(args, state, kwargs["model"], "running")
+        if self.groups:
+            record_groups(self.groups, state)
         if self.groups and state.is_world_process_zero and not args.torch_compile:
             self._stop_watching = watch_order(kwargs["model"], self.groups)
 

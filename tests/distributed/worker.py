@@ -320,7 +320,7 @@ class Witness(TrainerCallback):
         self.hashes.append(self._now(kwargs["model"]))
 
     def _now(self, model: nn.Module) -> dict[str, str]:
-        parameters = {name: whole(p.detach()).numpy() for name, p in parameters_by_name(model).items()}
+        parameters = {name: whole(p.detach()).double().numpy() for name, p in parameters_by_name(model).items()}
         return {
             group.name: hashlib.sha256(b"".join(parameters[n].tobytes() for n in group.parameters)).hexdigest()[:16]
             for group in self.groups
@@ -517,6 +517,59 @@ def planted(folder: Path, ranks: int) -> dict[str, Any]:
     return found
 
 
+def low_precision(folder: Path, ranks: int) -> dict[str, Any]:
+    """Train weights that were loaded in bfloat16 in mixed precision, and again with each remedy switched off."""
+    found = {}
+    for name in ("plain", "unfreezing", "casts_what_trains", "renew_precision"):
+        trainer, witness = make(
+            folder / name, Cell().callbacks if name == "plain" else GRADUAL, ranks=ranks, cell=Cell(), bf16=True
+        )
+        assert trainer.model is not None
+        trainer.model.bfloat16()
+        attach(trainer)
+        remedy = getattr(callback, name, None)
+        if remedy is not None:
+            setattr(callback, name, lambda argument: False)
+        error = None
+        try:
+            trainer.train()
+        except (AssertionError, RuntimeError) as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        finally:
+            if remedy is not None:
+                setattr(callback, name, remedy)
+        found[name] = {
+            "dtypes": sorted({str(parameter.dtype) for parameter in trainer.model.parameters()}),
+            "error": error,
+            "step": trainer.state.global_step,
+            "hashes": witness.hashes,
+        }
+    return found
+
+
+def other_groups(folder: Path, ranks: int) -> dict[str, Any]:
+    """Resume a run onto other groups, and return the error."""
+    found: dict[str, Any] = {"error": None}
+    for resumes in (False, True):
+        trainer, _ = make(folder, GRADUAL, ranks=ranks, cell=Cell(), max_steps=4, save_strategy="steps", save_steps=2)
+        assert trainer.model is not None
+        groups = group_layers(trainer.model)
+        if resumes:
+            groups = groups.merge(["embeddings", "encoder.layer.0"], "lower")
+        trainer.callback_handler.pop_callback(GradualUnfreezing)
+        trainer.add_callback(GradualUnfreezing(groups, at_steps([3])))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                attach(trainer)
+                trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resumes else None)
+        except ValueError as raised:
+            found = {"error": str(raised), "step": trainer.state.global_step}
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+    return found
+
+
 def unattached(folder: Path, ranks: int) -> dict[str, Any]:
     """Train without `attach`, and return the error."""
     trainer, _ = make(folder, GRADUAL, ranks=ranks, cell=Cell())
@@ -549,6 +602,10 @@ def main(folder: Path, layout: str) -> None:
             if SHARDING:
                 SHARDING["fsdp_config"]["state_dict_type"] = kind
             write(f"resume{kind}", resume(folder / "runs" / f"resume{kind}", ranks))
+    if layout == "FSDP2":
+        write("low precision", low_precision(folder / "runs" / "low-precision", ranks))
+    if layout in RESUMED:
+        write("other groups", other_groups(folder / "runs" / "other-groups", ranks))
     if layout in PLANTED:
         write("planted", planted(folder / "runs" / "planted", ranks))
     if layout in ("1 rank", "2 ranks"):

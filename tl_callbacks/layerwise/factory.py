@@ -1,13 +1,15 @@
 """The adapter: an optimizer factory for `Trainer(optimizer_cls_and_kwargs=...)` that holds every parameter, named."""
 
+import hashlib
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast, get_args
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
+from tl_callbacks import events
 from tl_callbacks.callbacks import TransferCallback
 from tl_callbacks.frozen.state import openable
 from tl_callbacks.groups import LayerGroups
@@ -15,6 +17,7 @@ from tl_callbacks.layerwise.scales import layer_scales
 from tl_callbacks.names import closest, normalise
 from tl_callbacks.parameters import dimensions, is_peft, parameters_by_name
 
+EVENT = "groups"
 NoDecay = Literal["trainer", "1d"]
 
 
@@ -72,6 +75,8 @@ class LayerwiseOptimizer:
         """
         if reason := refusal(self.args):
             raise ValueError(f"layerwise_optimizer: {reason}")
+        if self.trainer is not None:
+            check_recorded(self.groups, self.trainer.state)
         source: Any = self.trainer or Trainer
         optimizer_class, kwargs = source.get_optimizer_cls_and_kwargs(self.args, model)
         decays = {normalise(name) for name in _decay_names(self.trainer, model)}
@@ -207,6 +212,37 @@ def check_groups(groups: LayerGroups, model: nn.Module) -> dict[str, nn.Paramete
             "given to the Trainer, after PEFT adapters were added."
         )
     return parameters
+
+
+def record_groups(groups: LayerGroups, state: TrainerState) -> None:
+    """Record once in a run's history which parameters its groups hold, for `check_recorded`."""
+    if not events.read(state.log_history, EVENT):
+        events.emit(state.log_history, EVENT, step=state.global_step, digests=_digests(groups))
+
+
+def check_recorded(groups: LayerGroups, state: TrainerState) -> None:
+    """Refuse to resume a run that was started with other groups, before any state is loaded.
+
+    FSDP's optimizer state goes by name and the scheduler's by position, so that other groups would load and train at
+    the rates of one another.
+
+    Raises:
+        ValueError: the history that is resumed records other groups.
+    """
+    for event in events.read(state.log_history, EVENT):
+        pairs = itertools.zip_longest(event["digests"].items(), _digests(groups).items())
+        if differing := [pair for pair in pairs if pair[0] != pair[1]]:
+            there, here = (f"`{side[0]}`" if side else "none" for side in differing[0])
+            raise ValueError(
+                f"the checkpoint's optimizer state belongs to other layer groups (first difference: {there} there, "
+                f"{here} here). Resume with the groups that the run was started with, or start afresh from the "
+                "checkpoint's weights."
+            )
+
+
+def _digests(groups: LayerGroups) -> dict[str, str]:
+    """Return a short hash of each group's parameter names, bottom to top."""
+    return {group.name: hashlib.sha256("\n".join(group.parameters).encode()).hexdigest()[:12] for group in groups}
 
 
 def _check_names(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

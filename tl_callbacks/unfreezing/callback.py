@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from tl_callbacks import events
 from tl_callbacks.callbacks import TransferCallback, announce
 from tl_callbacks.discovery.order import watch_order
-from tl_callbacks.dtensors import casts_what_trains, reshard, to_float32
+from tl_callbacks.dtensors import casts_what_trains, renew_precision, reshard, to_float32
 from tl_callbacks.frozen.eval_mode import keep_in_eval, release
 from tl_callbacks.frozen.state import openable, set_frozen
 from tl_callbacks.groups import LayerGroups
@@ -146,6 +146,7 @@ class GradualUnfreezing(TransferCallback):
         if phase.open != self._applied:
             self._apply(kwargs["model"], phase.open)
             self._rebuild()
+            renew_precision(kwargs["model"])
         if phase is not self._recorded:
             self._record(kwargs["model"], phase, state)
             self._recorded = phase
