@@ -5,7 +5,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all check bench survey wheel clean
+.PHONY: demo test test-all check bench bench-neighbours survey wheel clean
 
 demo: .venv/demo.done
 	$(BIN)/python recipes/compare.py --output_dir runs/demo $(if $(QUICK),--num_seeds 1 --label_counts 50,)
@@ -22,6 +22,9 @@ check: .venv/dev.done
 bench: .venv/dev.done
 	$(BIN)/python -m tests.benchmarks
 
+bench-neighbours: .venv/neighbours.done
+	$(BIN)/python -m tests.benchmarks.neighbours
+
 survey: .venv/timm.done
 	$(BIN)/python -m tests.survey_architectures
 
@@ -34,6 +37,12 @@ clean:
 # Beside the environment, not in it: see tests/timm_beside.py.
 .venv/timm.done: .venv/dev.done
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --upgrade --target .venv/timm timm torchvision
+	touch $@
+
+# Beside it too: nothing of this project needs them. Their other requirements are in the environment.
+.venv/neighbours.done: .venv/dev.done
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --upgrade --target .venv/neighbours \
+		lightning pytorch-lightning lightning-utilities torchmetrics finetuning-scheduler
 	touch $@
 
 # torch first: where no CPU build is offered beside the default one, this is the download that takes time.
