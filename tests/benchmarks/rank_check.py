@@ -83,7 +83,7 @@ def rank_check(check: str, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found = folder / "found"
-        status = two_ranks(__name__, check, str(rounds), str(found), log=folder / "log", seconds=60 + 30 * rounds)
+        status = two_ranks(__name__, check, str(rounds), str(found), log=folder / "log", seconds=300 + 30 * rounds)
         if status:
             raise RuntimeError(f"the ranks ended with status {status}:\n{(folder / 'log').read_text()[-4000:]}")
         return json.loads(found.read_text())

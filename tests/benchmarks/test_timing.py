@@ -1,0 +1,31 @@
+"""The arithmetic of the timed benchmarks, and that the one on two ranks runs. No times are asserted."""
+
+import pytest
+
+from tests.benchmarks.frozen_prefix import WAYS, frozen_prefix
+from tests.benchmarks.timing import interval, mean_and_interval, ratios_in_short
+
+
+def test_the_interval_holds_the_mean_and_shrinks_with_more_values() -> None:
+    few, many = [1.0, 1.2, 0.9, 1.1], [1.0, 1.2, 0.9, 1.1] * 25
+    low, high = interval(few)
+    assert low < 1.05 < high
+    assert interval(many)[1] - interval(many)[0] < (high - low) / 3
+    assert interval([2.0, 2.0]) == [2.0, 2.0]
+    assert mean_and_interval(few) == {"mean": pytest.approx(1.05), "95 % interval": [low, high]}
+
+
+def test_the_geometric_mean_is_the_same_both_ways_round() -> None:
+    found = ratios_in_short([4.0, 0.25])
+    assert found["geometric mean"] == pytest.approx(1)
+    assert found["mean"] == pytest.approx(2.125), "the control: the mean of ratios is not"
+    assert ratios_in_short([2.0] * 3)["its 95 % interval"] == pytest.approx([2, 2])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_frozen_prefix_is_timed_in_all_ways() -> None:
+    found = frozen_prefix(2)
+    assert set(found["seconds a step"]) == set(WAYS)
+    for way in WAYS[1:]:
+        assert found[f"step time, {way} over {WAYS[0]}"]["geometric mean"] > 0
