@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.benchmarks.neighbours import beside
-from tests.benchmarks.neighbours.compare import LIGHTNING, TRAINER, Result, compare, run, table
+from tests.benchmarks.neighbours.compare import LIGHTNING, TRAINER, Result, compare, neighbours, run, table
 from tests.benchmarks.neighbours.script import PHASES, STEPS_PER_EPOCH
 
 STEPS = len(PHASES) * STEPS_PER_EPOCH
@@ -63,6 +63,23 @@ def test_the_others_train_as_they_are_set_up(cell: str) -> None:
     assert (result.error, result.steps) == (None, STEPS)
     assert result.openings[0].step == STEPS_PER_EPOCH
     assert all(opening.moved > 0 for opening in result.openings)
+
+
+def test_what_is_absent_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    trained: list[str] = []
+
+    def note(module: str, cell: str, seed: int) -> Result:
+        trained.append(module)
+        return Result(cell, 0, None, (), None)
+
+    monkeypatch.setattr("tests.benchmarks.neighbours.compare.run", note)
+    monkeypatch.setattr(beside, "make_importable", lambda: False)
+    found = neighbours()
+    assert set(trained) == {TRAINER}
+    assert "lightning" not in found["versions"]
+    assert "`make bench-neighbours`" in found["left out"]
+    assert found["left out"] in capsys.readouterr().err
+    assert len(found["results"]) == len(trained) >= 10
 
 
 def record() -> dict[str, Any]:

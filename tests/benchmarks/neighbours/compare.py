@@ -16,7 +16,7 @@ from tests.benchmarks.neighbours import beside, script
 SECONDS = 300  # after which a cell that hangs is ended
 TRAINER = "tests.benchmarks.neighbours.with_trainer"
 LIGHTNING = "tests.benchmarks.neighbours.with_lightning"
-ABSENT = "lightning and finetuning-scheduler are not there: `make bench-neighbours` puts them in .venv/neighbours"
+ABSENT = "left out: lightning and finetuning-scheduler, which `make bench-neighbours` puts in .venv/neighbours."
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,8 @@ def neighbours(seed: int = 0) -> dict[str, Any]:
     """Train every cell whose packages are there, and return what was found; progress and a table go to stderr."""
     present = beside.make_importable()
     modules = [LIGHTNING, TRAINER] if present else [TRAINER]
+    if not present:
+        print(ABSENT, file=sys.stderr)
     results = []
     for module in modules:
         for cell in importlib.import_module(module).CELLS:
