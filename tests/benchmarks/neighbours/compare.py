@@ -52,7 +52,7 @@ class Result:
     def verdict(self) -> str:
         """In words."""
         if self.error:
-            return f"error after {self.steps} steps: {first_sentence(self.error)}"
+            return f"error after step {self.steps}: {first_sentence(self.error)}"
         if not self.openings:
             return "nothing opened"
         if any(not opening.moved for opening in self.openings):
