@@ -72,18 +72,24 @@ def measure(pairs: int) -> dict[str, Any]:
         for trainer, watch in made.values():
             segment(trainer, watch, WARM_UP)
             assert isinstance(trainer.model_wrapped, DistributedDataParallel)
-        rounds = []
+        rounds, computed = [], []
         for pair in range(pairs):
             order = WAYS[1::-1] if pair % 2 else WAYS[:2]
             timed = order if pair % 4 else (*order, WAYS[2])
             rounds.append({way: segment(*made[way], WARM_UP) for way in timed})
-    found: dict[str, Any] = {"pairs": pairs, "seconds a step": {}}
+            computed.append({way: statistics.median(made[way][1].processor[WARM_UP:]) for way in timed})
+    return {"pairs": pairs, "step time": compared(rounds), "processor time of a step": compared(computed)}
+
+
+def compared(rounds: list[dict[str, float]]) -> dict[str, Any]:
+    """The ways beside the first one, from the seconds of a step in each round."""
+    found: dict[str, Any] = {"median, in seconds": {}}
     for way in WAYS:
         having = [seconds for seconds in rounds if way in seconds]
-        found["seconds a step"][way] = statistics.median(seconds[way] for seconds in having)
+        found["median, in seconds"][way] = statistics.median(seconds[way] for seconds in having)
         if way != WAYS[0]:
             ratios = [seconds[way] / seconds[WAYS[0]] for seconds in having]
-            found[f"step time, {way} over {WAYS[0]}"] = ratios_in_short(ratios)
+            found[f"{way}, over {WAYS[0]}"] = ratios_in_short(ratios)
     return found
 
 

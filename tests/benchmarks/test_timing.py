@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.benchmarks.frozen_prefix import WAYS, frozen_prefix
+from tests.benchmarks.frozen_prefix import WAYS, compared, frozen_prefix
 from tests.benchmarks.timing import interval, mean_and_interval, ratios_in_short
 
 
@@ -22,10 +22,19 @@ def test_the_geometric_mean_is_the_same_both_ways_round() -> None:
     assert ratios_in_short([2.0] * 3)["its 95 % interval"] == pytest.approx([2, 2])
 
 
+def test_each_way_is_compared_with_the_first_in_the_same_round() -> None:
+    first, ours, later = WAYS
+    found = compared([{first: 1.0, ours: 1.5, later: 2.0}, {first: 4.0, ours: 6.0}])
+    assert found["median, in seconds"] == {first: 2.5, ours: 3.75, later: 2.0}
+    assert found[f"{ours}, over {first}"]["mean"] == 1.5
+    assert found[f"{later}, over {first}"]["mean"] == 2.0
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_frozen_prefix_is_timed_in_all_ways() -> None:
     found = frozen_prefix(2)
-    assert set(found["seconds a step"]) == set(WAYS)
-    for way in WAYS[1:]:
-        assert found[f"step time, {way} over {WAYS[0]}"]["geometric mean"] > 0
+    for clock in ("step time", "processor time of a step"):
+        assert set(found[clock]["median, in seconds"]) == set(WAYS)
+        for way in WAYS[1:]:
+            assert found[clock][f"{way}, over {WAYS[0]}"]["geometric mean"] > 0
