@@ -18,15 +18,16 @@ from transformers.utils import logging
 from tests.benchmarks.frozen_prefix import frozen_prefix
 from tests.benchmarks.neighbours.compare import neighbours
 from tests.benchmarks.neutral import neutral
+from tests.benchmarks.rank_check import rank_check
 
-TIMED = {"neutral": neutral, "frozen-prefix": frozen_prefix}
+TIMED = {"neutral": neutral, "frozen-prefix": frozen_prefix, "rank-check": rank_check}
 
 
 def main() -> None:
     """Run the benchmarks and print them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(TIMED)}, neighbours")
-    parser.add_argument("--pairs", type=int, default=40, help="interleaved pairs of segments, at least 2")
+    parser.add_argument("--pairs", type=int, default=40, help="interleaved pairs (rounds) of segments, at least 2")
     options = parser.parse_args()
     if unknown := set(options.names) - {*TIMED, "neighbours"}:
         parser.error(f"{sorted(unknown)[0]!r} is no benchmark; expected one of {', '.join(TIMED)}, neighbours.")

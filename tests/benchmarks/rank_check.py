@@ -2,7 +2,7 @@
 
 Two ranks over gloo, one thread each, 22.7 M parameters in float32, batch 8 x 32 tokens a rank. Each round trains a
 segment with all parameters open and one with a frozen prefix, where steps are short and the share is largest, and times
-the comparison in between. The comparison is handed in: any function of the model, named `module:function`.
+the comparison in between: that of `VerifyRanks`, or any function of the model, named `module:function`.
 """
 
 import json
@@ -23,10 +23,20 @@ from transformers import Trainer
 from tests.benchmarks.frozen_prefix import RANKS, freeze
 from tests.benchmarks.launching import two_ranks
 from tests.benchmarks.timing import ROWS, Stop, Stopwatch, arguments, bert, mean_and_interval, rows, segment
+from tl_callbacks.ranks import checksums, differences
 
 STEPS, WARM_UP = 4, 1  # per segment
 CHECKS = 3  # a round
-INTERVAL = 100  # steps between two comparisons
+INTERVAL = 100  # steps between two comparisons, the default of `VerifyRanks`
+
+
+def compare(model: nn.Module) -> None:
+    """What `VerifyRanks` does each time."""
+    mine = checksums(model.parameters())
+    gathered = mine.new_empty((RANKS, *mine.shape))
+    torch.distributed.all_gather_into_tensor(gathered.view(-1, mine.shape[-1]), mine)
+    if found := differences(gathered):
+        raise RuntimeError(f"the ranks differ: {found}")
 
 
 def make(folder: str, *, frozen: bool) -> tuple[Trainer, Stopwatch]:
@@ -78,7 +88,7 @@ def measure(check: Callable[[nn.Module], object], rounds: int) -> dict[str, Any]
     }
 
 
-def rank_check(check: str, rounds: int) -> dict[str, Any]:
+def rank_check(rounds: int, check: str = f"{__name__}:compare") -> dict[str, Any]:
     """Launch the two ranks and return what the first one measured. `check`: a function of the model, by its name."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
