@@ -43,8 +43,11 @@ def stepped(
     model: nn.Module, rows: list[dict[str, Any]], accumulation: int, *, ranks: int = 1, average: bool = True,
     on_model: dict[str, Any] | None = None, on_trainer: dict[str, Any] | None = None, **given: Any,
 ) -> tuple[Trainer, str | None, torch.Tensor]:  # fmt: skip
-    """Train one step over all rows; return the trainer, the caution before the step, and the gradient."""
+    """Train one step over all rows, without dropout; return the trainer, the caution before, and the gradient."""
     on_model = on_model or {}
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     for name in on_model.keys() - {"late"}:
         setattr(model, name, on_model[name])
     gradient = Gradient()

@@ -14,6 +14,7 @@ import ast
 import enum
 import functools
 import inspect
+import math
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -96,21 +97,19 @@ def loss_scale_caution(trainer: Trainer) -> str | None:
     if getattr(trainer.compute_loss, "__func__", None) is not Trainer.compute_loss or not _is_counted(model):
         return None
     factors = _factors(trainer)
-    factor = 1
-    for number in factors.values():
-        factor *= number
+    factor = math.prod(factors.values())
     if factor == 1 or ignores_item_count(model) is not True:
         return None
-    name, place = type(model).__name__, "model"
-    if model is not trainer.model:  # the Trainer looks at the model below the adapters, not at the attributes of those
-        place = "model.get_base_model()" if isinstance(trainer.model, PeftModel) else "model.base_model.model"
+    # Below adapters the Trainer reads the attribute of the base model, not that of the wrapper.
+    where = "model.get_base_model()" if isinstance(trainer.model, PeftModel) else "model"
+    where = "model.base_model.model" if isinstance(trainer.model, PeftMixedModel) else where
     product = " x ".join(f"{what}={number}" for what, number in factors.items() if number > 1)
     return (
-        f"the Trainer will multiply the gradients of {name} and the loss it logs by {factor} ({product}): it hands "
-        f"`{COUNT}` to the forward pass and expects a loss divided by it, but this head returns the mean of its "
-        "micro-batch. Expected: the mean over the step. Set `{place}.accepts_loss_kwargs = False` before the Trainer "
-        f"is made (or `trainer.model_accepts_loss_kwargs = False` after), or `{place}.accepts_loss_kwargs = True` to "
-        "keep it so."
+        f"the Trainer will multiply the gradients of {type(model).__name__} and the loss it logs by {factor} "
+        f"({product}): it takes the loss to be divided by `{COUNT}`, but this head ignores that count and "
+        f"returns the mean of its micro-batch. Expected: the mean over the step. Set `{where}.accepts_loss_kwargs = "
+        "False` before the Trainer is made, or `trainer.model_accepts_loss_kwargs = False` after; to keep it so, set "
+        f"`{where}.accepts_loss_kwargs = True`."
     )
 
 
@@ -118,7 +117,7 @@ def _base(model: nn.Module) -> nn.Module:
     """Return the model whose signature the Trainer looks at."""
     if isinstance(model, PeftMixedModel):
         return model.base_model.model  # type: ignore[no-any-return]
-    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[no-any-return]
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _is_counted(model: nn.Module) -> bool:
@@ -145,12 +144,10 @@ def _followed(function: Any, above: frozenset[Any]) -> _Verdict:
     """Return what becomes of the count in a function, method or module that is called with it and with labels."""
     if isinstance(function, nn.Module):
         function = function.forward
-    elif not inspect.isroutine(function):
+    function = inspect.unwrap(function, stop=inspect.ismethod)  # accelerate's hooks wrap the bound method
+    if not inspect.isroutine(function):
         function = type(function).__call__.__get__(function)
     owner = getattr(function, "__self__", None)
-    function = inspect.unwrap(function)
-    if owner is None:  # accelerate's hooks wrap the bound method
-        owner = getattr(function, "__self__", None)
     function = inspect.unwrap(getattr(function, "__func__", function))
     key = (function, id(owner))
     if key in above:
@@ -215,6 +212,9 @@ class _Reading:
     def _is_carrier(self, node: ast.AST) -> bool:
         return isinstance(node, ast.Name) and node.id in self.carriers and isinstance(node.ctx, ast.Load)
 
+    def _copies(self) -> set[str]:
+        return {name for name, values in self.assigned.items() if any(map(self._is_copy, values))}
+
     def _is_copy(self, value: ast.expr) -> bool:
         """Return whether an expression is a dictionary made of a carrier."""
         return isinstance(value, ast.Dict | ast.DictComp | ast.BinOp) and any(map(self._is_carrier, ast.walk(value)))
@@ -222,15 +222,12 @@ class _Reading:
     def _of_mention(self, node: ast.AST) -> _Verdict:
         """Return what becomes of the count where its carrier is mentioned; UNKNOWN where that is no plain use."""
         parent = self.parents.get(node)
-        match parent:
-            case ast.Compare() | ast.Subscript(slice=ast.Constant()):
-                return _Verdict.IGNORED  # of another key: the count's name is looked for in the whole function
-            case ast.Attribute(attr="update"):
+        match parent, self.parents.get(parent) if parent else None:
+            # Of another key: the count's name is looked for in the whole function.
+            case (ast.Compare() | ast.Subscript(slice=ast.Constant()) | ast.Attribute(attr="update"), _):
                 return _Verdict.IGNORED
-            case ast.Attribute():
-                call = self.parents.get(parent)
-                if isinstance(call, ast.Call) and call.func is parent and _is_constant(call.args[:1]):
-                    return _Verdict.IGNORED
+            case (ast.Attribute(), ast.Call(func=func, args=[ast.Constant(), *_])) if func is parent:
+                return _Verdict.IGNORED
         while isinstance(parent, _PASSED_THROUGH) or (isinstance(parent, ast.Call) and parent.func is node):
             node, parent = parent, self.parents.get(parent)
         match parent:
@@ -278,10 +275,6 @@ class _Reading:
                 cells = dict(zip(self.function.__code__.co_freevars, self.function.__closure__ or (), strict=True))
                 return super(cells["__class__"].cell_contents, self.owner) if "__class__" in cells else None
         return None
-
-
-def _is_constant(nodes: list[ast.expr]) -> bool:
-    return bool(nodes) and isinstance(nodes[0], ast.Constant)
 
 
 def _attribute(owner: Any, name: Any) -> Any:

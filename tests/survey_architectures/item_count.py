@@ -1,27 +1,40 @@
-"""Whether the loss of a task class depends on the number of items that the Trainer counts: `measured`."""
+"""Whether the losses of the task classes ignore the number of items that the Trainer counts: measured, and read.
+
+`python -m tests.survey_architectures.item_count` writes `item_count.json`, in about ten minutes on two cores.
+"""
 
 import contextlib
 import inspect
 import io
+import json
+import os
 import time
 import warnings
 from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from tests.survey_architectures.catalogue import head_classes, make
+from tests.survey_architectures.catalogue import configuration, head_classes, make
 from tests.survey_architectures.inputs import TEXT, candidates
-from tests.survey_architectures.trace import LARGE, WIDTHS, _limited, _plain, _text
 from tests.survey_architectures.shrink import shrunk
+from tests.survey_architectures.trace import LARGE, WIDTHS, limited, plain, reason_of
+from tl_callbacks.loss_scale import ignores_item_count
 
 SECONDS = 15  # of the processor, for the tries with one model
+FILE = Path(__file__).with_name("item_count.json")
 COUNT = 7  # items; the second pass says twice as many
 
 
-def classes() -> list[tuple[str, str, type[PreTrainedModel]]]:
+Entry = tuple[str, str, type[PreTrainedModel]]  # model type, auto mapping, class
+
+
+def classes() -> list[Entry]:
     """Return the task classes that the Trainer counts items for: `labels` that are one tensor, and `**kwargs`."""
     return [entry for entry in head_classes() if counted(entry[2])]
 
@@ -43,13 +56,13 @@ def measured(cls: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[bool
         inputs = candidates(model, "cpu")
         while time.process_time() - start < SECONDS:
             try:
-                with _limited(SECONDS):
+                with limited(SECONDS):
                     name, arguments = next(inputs)
                     answer, reason = _answer(model, arguments)
             except StopIteration:
                 break
             except Exception as error:  # whatever a model raises on made-up inputs is the reason
-                reason = _text(error)
+                reason = reason_of(error)
                 continue
             if answer is not None:
                 return answer, name
@@ -66,7 +79,7 @@ def _answer(model: PreTrainedModel, arguments: dict[str, Any]) -> tuple[bool | N
         except TimeoutError:
             raise
         except Exception as error:
-            reason = f"labels: {_text(error)}"
+            reason = f"labels: {reason_of(error)}"
             continue
         if once is not None and twice is not None and once.isfinite() and once != 0:
             return bool(torch.allclose(once, twice, rtol=1e-3)), ""
@@ -77,10 +90,10 @@ def _answer(model: PreTrainedModel, arguments: dict[str, Any]) -> tuple[bool | N
 def _small(cls: type[PreTrainedModel], config: PreTrainedConfig) -> Iterator[PreTrainedModel]:
     """Yield small models on the CPU, the narrowest first."""
     for width in sorted(WIDTHS, reverse=True):
-        with contextlib.suppress(Exception), _limited(SECONDS):  # a configuration that the class refuses when narrowed
+        with contextlib.suppress(Exception), limited(SECONDS):  # a configuration that the class refuses when narrowed
             small = shrunk(config, width)
             if sum(p.numel() for p in make(cls, small).parameters()) <= LARGE:
-                yield _plain(make(cls, small, "cpu"))
+                yield plain(make(cls, small, "cpu"))
 
 
 def _passed(model: PreTrainedModel, arguments: dict[str, Any]) -> Any:
@@ -119,3 +132,48 @@ def _labels(model: PreTrainedModel, arguments: dict[str, Any], outputs: Any) -> 
         yield {"labels": labels, **extra}
         if "return_loss" in inspect.signature(model.forward).parameters:
             yield {"labels": labels, "return_loss": True, **extra}
+
+
+def read(entry: Entry) -> bool | None:
+    """Return what the source of a class says, of a model on the meta device; None also where none can be made."""
+    model_type, _, cls = entry
+    with contextlib.suppress(Exception):  # whatever a model raises when it is made
+        return ignores_item_count(make(cls, shrunk(configuration(model_type, cls))))
+    with contextlib.suppress(Exception):
+        return ignores_item_count(make(cls, configuration(model_type, cls)))
+    return None
+
+
+def read_all() -> dict[str, bool | None]:
+    """Return what the sources of all classes say, by class."""
+    return {entry[2].__name__: read(entry) for entry in classes()}
+
+
+def record(entry: Entry) -> dict[str, Any]:
+    """Return what is measured and read of a class."""
+    model_type, mapping, cls = entry
+    found: tuple[bool | None, str] = (None, "no configuration")
+    with contextlib.suppress(Exception), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        found = measured(cls, configuration(model_type, cls))
+    answer, how = found
+    result = {"mapping": mapping, "measured": answer, "read": read(entry)}
+    return result if answer is not None else {**result, "reason": how[:160]}
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+
+
+def write(records: dict[str, dict[str, Any]]) -> None:
+    """Write the records, one a line."""
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(records[name])}" for name in sorted(records))
+    FILE.write_text(f'{{"transformers": "{transformers.__version__}", "classes": {{\n{lines}\n}}}}\n')
+
+
+if __name__ == "__main__":
+    entries = classes()
+    with get_context("spawn").Pool(os.cpu_count(), _begin, maxtasksperchild=200) as pool:
+        names = [cls.__name__ for _, _, cls in entries]
+        write(dict(zip(names, pool.imap(record, entries, chunksize=4), strict=True)))

@@ -65,16 +65,16 @@ def first_use(model: nn.Module) -> Trace:
 
 def _attempts(model: nn.Module) -> Iterator[Trace]:
     device = next(model.parameters()).device.type
-    _plain(model)
+    plain(model)
     yield from _passes(model, device, device)
     if not isinstance(model, PreTrainedModel) or device != "meta":
         return
     for width, config in _small_configurations(model):
         try:
-            with _limited(SECONDS):
-                small = _plain(make(type(model), config, "cpu"))
+            with limited(SECONDS):
+                small = plain(make(type(model), config, "cpu"))
         except Exception as error:
-            yield Trace(model, {}, False, f"cpu/{width}", _text(error), {})
+            yield Trace(model, {}, False, f"cpu/{width}", reason_of(error), {})
             continue
         complete = False
         for trace in _passes(small, "cpu", f"cpu/{width}"):
@@ -88,7 +88,7 @@ def _passes(model: nn.Module, device: str, how: str) -> Iterator[Trace]:
     inputs = candidates(model, device)
     while True:
         try:
-            with _limited(SECONDS):
+            with limited(SECONDS):
                 name, arguments = next(inputs)
         except (StopIteration, TimeoutError):
             return
@@ -108,7 +108,7 @@ def _small_configurations(model: PreTrainedModel) -> list[tuple[int, PreTrainedC
     return [(width, config) for _, width, config in quickest + widest]
 
 
-def _plain(model: nn.Module) -> nn.Module:
+def plain(model: nn.Module) -> nn.Module:
     """Choose what runs on any device without a look at the values: attention, experts, no cache."""
     for part in parts(model.config) if isinstance(model, PreTrainedModel) else ():
         if getattr(part, "use_cache", None):
@@ -127,15 +127,15 @@ def _run(model: nn.Module, arguments: dict[str, Any], how: str) -> Trace:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            with _limited(SECONDS), _config.patch(meta_nonzero_assume_all_nonzero=True), recorder:
+            with limited(SECONDS), _config.patch(meta_nonzero_assume_all_nonzero=True), recorder:
                 model(**arguments)
         except Exception as raised:  # whatever a model raises is what the trace tells
-            error = _text(raised)
+            error = reason_of(raised)
     last = {recorder.names[key]: number for key, number in recorder.last.items()}
     return Trace(model, recorder.by_name(), not error, how, error, last)
 
 
-def _text(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
@@ -144,7 +144,7 @@ def _text(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _limited(seconds: int) -> Iterator[None]:
+def limited(seconds: int) -> Iterator[None]:
     def stop(*_: Any) -> None:
         raise TimeoutError(f"longer than {seconds} s")
 
