@@ -1,6 +1,7 @@
 """Whether the losses of the task classes ignore the number of items that the Trainer counts: measured, and read.
 
-`python -m tests.survey_architectures.item_count` writes `item_count.json`, in about ten minutes on two cores.
+`python -m tests.survey_architectures.item_count` writes `item_count.json`.
+On a busy machine the limits of time leave classes out.
 """
 
 import contextlib
