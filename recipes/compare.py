@@ -37,7 +37,7 @@ from sklearn.pipeline import make_pipeline
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from tl_callbacks import adapt, add_to_recipe, attach
+from tl_callbacks import adapt, add_to_recipe, attach, ignores_item_count
 
 # Strategy and its options, peak rate, batch size, and optimizer steps for fewer than 200 labels and for more. Random
 # weights need many small steps to fit the training texts.
@@ -193,11 +193,11 @@ def fine_tune(
     network = AutoModelForSequenceClassification.from_pretrained(
         model, num_labels=len(names), ignore_mismatched_sizes=True
     )
+    if ignores_item_count(network):
+        network.accepts_loss_kwargs = False  # as recipes/text_classification.py says; before adapters
     if row == "random_probe":
         network = adapt(network, args, "scratch")["model"]
     keywords = adapt(network, args, strategy, **options)
-    # The head's loss is a mean; see recipes/text_classification.py.
-    keywords["model"].accepts_loss_kwargs = False
     trainer = Trainer(args=args, train_dataset=tokenized(train), processing_class=tokenizer, **keywords)
     attach(trainer)
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):

@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from tl_callbacks import adapt, add_to_recipe, attach, closest, preview
+from tl_callbacks import adapt, add_to_recipe, attach, closest, ignores_item_count, preview
 
 METRICS = Path(__file__).parent / "metrics"
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -169,10 +169,10 @@ def load_model(recipe: Recipe, names: list[str]) -> Any:
     model = AutoModelForSequenceClassification.from_pretrained(
         recipe.model_name_or_path, revision=recipe.model_revision, config=config, ignore_mismatched_sizes=True
     )
-    # Classification heads take the mean over their batch and ignore the Trainer's item count, but accept it in
-    # **kwargs: the Trainer would multiply their gradients by accumulation steps x world size
-    # (https://github.com/huggingface/transformers/issues/47688).
-    model.accepts_loss_kwargs = False
+    # Such a head takes the mean over its batch, and the Trainer would multiply its gradient by accumulation steps x
+    # world size (https://github.com/huggingface/transformers/issues/47688).
+    if ignores_item_count(model):
+        model.accepts_loss_kwargs = False
     return model
 
 

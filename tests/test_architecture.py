@@ -97,7 +97,7 @@ def test_public_names() -> None:
         "STRATEGIES", "GradualUnfreezing", "LayerGroup", "LayerGroups", "LayerwiseOptimizer", "NoEffectWarning",
         "PreflightError", "PreflightWarning", "Recorder", "Strategy", "UnfreezePlan", "UnfreezeSchedule",
         "WeightAnchoring", "adapt",
-        "add_to_recipe", "at_fractions", "at_steps", "attach", "closest", "every", "group_layers",
+        "add_to_recipe", "at_fractions", "at_steps", "attach", "closest", "every", "group_layers", "ignores_item_count",
         "last_complete_checkpoint", "layerwise_optimizer", "per_epoch", "preview", "slanted_triangular", "staged",
     }  # fmt: skip
 

@@ -10,6 +10,7 @@ from tl_callbacks.discovery import group_layers
 from tl_callbacks.errors import NoEffectWarning, PreflightWarning
 from tl_callbacks.groups import LayerGroup, LayerGroups
 from tl_callbacks.layerwise import LayerwiseOptimizer, layerwise_optimizer
+from tl_callbacks.loss_scale import ignores_item_count
 from tl_callbacks.names import closest
 from tl_callbacks.preflight import PreflightError
 from tl_callbacks.previewing import preview
@@ -49,6 +50,7 @@ __all__ = [
     "closest",
     "every",
     "group_layers",
+    "ignores_item_count",
     "last_complete_checkpoint",
     "layerwise_optimizer",
     "per_epoch",

@@ -13,6 +13,7 @@ from tl_callbacks.frozen.by_hand import hand_frozen_findings
 from tl_callbacks.frozen.state import openable
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.layerwise.factory import LayerwiseOptimizer, check_groups, refusal
+from tl_callbacks.loss_scale import loss_scale_caution
 from tl_callbacks.names import normalise
 from tl_callbacks.unfreezing.callback import GradualUnfreezing
 
@@ -78,6 +79,8 @@ def preflight(trainer: Trainer) -> list[str]:
 def cautions(trainer: Trainer) -> list[str]:
     """Return what will work but should be known before step 1, one text each; empty if nothing."""
     found = [text for callback in our_callbacks(trainer) for text in callback.cautions(trainer)]
+    if scaled := loss_scale_caution(trainer):
+        found.append(scaled)
     return list(dict.fromkeys(found))
 
 
