@@ -5,7 +5,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all check bench bench-neighbours survey wheel clean
+.PHONY: demo test test-all check parity bench bench-neighbours survey wheel clean
 
 demo: .venv/demo.done
 	$(BIN)/python recipes/compare.py --output_dir runs/demo $(if $(QUICK),--num_seeds 1 --label_counts 50,)
@@ -18,6 +18,9 @@ test-all: .venv/timm.done
 
 check: .venv/dev.done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest tests/test_architecture.py
+
+parity: .venv/dev.done
+	$(BIN)/python -m tests.distributed
 
 bench: .venv/dev.done
 	$(BIN)/python -m tests.benchmarks
