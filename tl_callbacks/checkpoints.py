@@ -16,8 +16,9 @@ def last_complete_checkpoint(folder: str | Path, *, world_size: int = 1) -> str 
     """Return the path of the last checkpoint that was written to its end, None if there is none.
 
     The Trainer writes `trainer_state.json` last, but each rank its own random state; a checkpoint is whole when the
-    state can be read and weights, optimizer, scheduler and random states are there. A checkpoint of several ranks, but
-    fewer than now, counts as not whole: it cannot be told from one that some ranks did not finish.
+    state can be read and weights, optimizer, scheduler and random states are there, of DeepSpeed its own folder. A
+    checkpoint of several ranks, but fewer than now, counts as not whole: it cannot be told from one that some ranks did
+    not finish.
 
     Args:
         folder: the Trainer's `output_dir`.
@@ -43,10 +44,18 @@ def _is_complete(path: Path, world_size: int) -> bool:
     ranks = {f"rng_state_{rank}.pth" for rank in range(max(2, world_size))}
     if "rng_state.pth" not in written and not ranks <= written:
         return False
-    if not {"trainer_state.json", "scheduler.pt"} <= written or not written & _WEIGHTS or not written & _OPTIMIZERS:
+    if not (({"scheduler.pt"} <= written and written & _OPTIMIZERS) or _is_deepspeed(path)):
+        return False
+    if "trainer_state.json" not in written or not written & _WEIGHTS:
         return False
     try:
         json.loads((path / "trainer_state.json").read_text())
     except ValueError:
         return False
     return True
+
+
+def _is_deepspeed(path: Path) -> bool:
+    """Return whether DeepSpeed wrote its states; it names their folder in `latest` afterwards."""
+    latest = path / "latest"
+    return latest.is_file() and (name := latest.read_text().strip()) != "" and (path / name).is_dir()

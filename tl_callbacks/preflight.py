@@ -15,6 +15,7 @@ from tl_callbacks.groups import LayerGroups
 from tl_callbacks.layerwise.factory import LayerwiseOptimizer, check_groups, refusal
 from tl_callbacks.loss_scale import loss_scale_caution
 from tl_callbacks.names import normalise
+from tl_callbacks.sharding import factory_findings
 from tl_callbacks.unfreezing.callback import GradualUnfreezing
 
 
@@ -132,8 +133,8 @@ def _optimizer(trainer: Trainer) -> list[str]:
     if (factory or unfreezing) and not given and (reason := refusal(trainer.args)):
         return [reason]
     if factory is None:
-        return []
-    found = []
+        return factory_findings(trainer, own_rates=True) if unfreezing else []
+    found = factory_findings(trainer, own_rates=unfreezing or set(factory.scales.values()) != {1.0})
     if has_loss_parameters(trainer):
         found.append(
             f"{type(trainer).__name__} trains parameters of its loss too, which layerwise_optimizer does not cover. "

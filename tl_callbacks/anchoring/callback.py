@@ -21,6 +21,7 @@ from tl_callbacks.errors import NoEffectWarning
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.names import closest
 from tl_callbacks.parameters import parameters_by_name
+from tl_callbacks.sharding import anchoring_findings
 
 
 class _Anchored(NamedTuple):
@@ -116,7 +117,7 @@ class WeightAnchoring(TransferCallback):
                 f"optim={trainer.args.optim} steps inside the backward pass, where WeightAnchoring has no place to "
                 "enter. Choose another, such as adamw_torch_fused."
             )
-        return found
+        return found + anchoring_findings(trainer)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take the reference, before anything is loaded or trained."""

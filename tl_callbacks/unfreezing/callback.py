@@ -16,7 +16,7 @@ from tl_callbacks.dtensors import casts_what_trains, renew_precision, reshard, t
 from tl_callbacks.frozen.eval_mode import keep_in_eval, release
 from tl_callbacks.frozen.state import openable, set_frozen
 from tl_callbacks.groups import LayerGroups
-from tl_callbacks.unfreezing import checks
+from tl_callbacks.unfreezing import checks, rate_frozen
 from tl_callbacks.unfreezing.plan import Phase, UnfreezePlan, by_tower, make_plan, steps_per_epoch
 from tl_callbacks.unfreezing.rates import SlantedTriangular, group_rates, replace_rates
 from tl_callbacks.unfreezing.reducer import rebuild_reducer
@@ -116,7 +116,9 @@ class GradualUnfreezing(TransferCallback):
         return checks.cautions(self, trainer)
 
     def before_optimizer_load(self, model: nn.Module, state: TrainerState) -> None:
-        """Set the freeze state that the recorded openings say, or the one of step 0."""
+        """Set the freeze state that the recorded openings say, or the one of step 0; under DeepSpeed none yet."""
+        if rate_frozen.applies(self.trainer):
+            return  # it registers only what requires a gradient when it wraps the model
         if self.trainer is not None and casts_what_trains(self.trainer):
             to_float32(openable(model))
         opened = [name for event in events.read(state.log_history, EVENT) for name in event["groups"]]
@@ -132,7 +134,7 @@ class GradualUnfreezing(TransferCallback):
         self._plan = self.plan(state.max_steps, steps_per_epoch(kwargs["train_dataloader"], args))
         checks.history(self, self._plan, state)
         checks.effect(self, self._plan, state)
-        announce(f"{self!r}\n{self._plan}", state)
+        announce(f"{self!r}\n{self._plan}{rate_frozen.note(self.trainer)}", state)
         self._set_rates(args, state, **kwargs)
         self._apply(kwargs["model"], self._plan.at(state.global_step).open)
         self._rebuild()  # a second train() finds a reducer over what the first one left open
@@ -150,6 +152,7 @@ class GradualUnfreezing(TransferCallback):
         if phase is not self._recorded:
             self._record(kwargs["model"], phase, state)
             self._recorded = phase
+        rate_frozen.hold(self.trainer, phase, kwargs["optimizer"], kwargs["lr_scheduler"], step=state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -172,6 +175,7 @@ class GradualUnfreezing(TransferCallback):
             "keep_frozen": list(self.keep_frozen),
             "rates": repr(self.rates) if isinstance(self.rates, SlantedTriangular) else self.rates,
             "plan": self._plan.facts() if self._plan else None,
+            "frozen_by": rate_frozen.LABEL if rate_frozen.applies(self.trainer) else "requires_grad",
         }
 
     def _begin_unattached(self, model: nn.Module, args: TrainingArguments) -> None:
@@ -233,7 +237,8 @@ class GradualUnfreezing(TransferCallback):
         assert self._plan is not None
         inner = getattr(optimizer, "optimizer", optimizer)
         per_group = self.rates != "shared" or any(phase.factor != 1 for phase in self._plan)
-        checks.optimizer(self, model, inner, lr_scheduler, per_group=per_group)
+        flat = rate_frozen.applies(self.trainer)
+        checks.optimizer(self, model, inner, lr_scheduler, per_group=per_group or flat, flat=flat)
         if per_group and isinstance(lr_scheduler, LambdaLR):
             shared = lr_scheduler.lr_lambdas[0]
             rules = group_rates(self._plan, self.rates, args, max_steps=state.max_steps, shared=shared)

@@ -14,7 +14,10 @@ from tl_callbacks import events
 from tl_callbacks.errors import NoEffectWarning
 from tl_callbacks.frozen.by_hand import hand_frozen_findings
 from tl_callbacks.frozen.state import openable
+from tl_callbacks.names import normalise
 from tl_callbacks.parameters import is_peft, parameters_by_name
+from tl_callbacks.sharding import sharding
+from tl_callbacks.unfreezing import rate_frozen
 from tl_callbacks.unfreezing.plan import UnfreezePlan, training_lengths
 
 if TYPE_CHECKING:
@@ -42,6 +45,12 @@ def findings(callback: "GradualUnfreezing", trainer: Trainer) -> list[str]:
     found += _unplannable(callback, trainer)
     if not callback.freezes_nothing():
         found += _frozen_layers(callback, trainer)
+    found += rate_frozen.findings(trainer)
+    if sharding(trainer) == "fsdp1":
+        found.append(
+            "GradualUnfreezing does not support FSDP 1, whose flat parameters cross layer groups. Use FSDP 2 "
+            '(fsdp_config={"version": 2, ...}) or DDP.'
+        )
     if trainer.optimizer is not None and not callback.opens_all_at_once():
         held = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
         outside = [name for name, parameter in openable(trainer.model).items() if id(parameter) not in held]
@@ -160,7 +169,7 @@ def unattached(model: nn.Module, args: TrainingArguments) -> None:
         RuntimeError: the training runs on several processes, or is sharded.
         ValueError: parameters were frozen by hand.
     """
-    if args.world_size > 1 or args.fsdp or args.deepspeed:
+    if args.world_size > 1 or args.fsdp or getattr(args, "deepspeed_plugin", None):
         raise RuntimeError(
             f"GradualUnfreezing was not attached, and the training runs on {args.world_size} processes; it cannot "
             "be exact there without the Trainer's wrapper. Call attach(trainer) before trainer.train()."
@@ -213,7 +222,13 @@ def effect(callback: "GradualUnfreezing", plan: UnfreezePlan, state: TrainerStat
 
 
 def optimizer(
-    callback: "GradualUnfreezing", model: nn.Module, inner: Optimizer, scheduler: LRScheduler, *, per_group: bool
+    callback: "GradualUnfreezing",
+    model: nn.Module,
+    inner: Optimizer,
+    scheduler: LRScheduler,
+    *,
+    per_group: bool,
+    flat: bool = False,
 ) -> None:
     """Refuse an optimizer that lacks what is to open, or that cannot give the groups rates of their own.
 
@@ -223,6 +238,7 @@ def optimizer(
         inner: the optimizer under accelerate's.
         scheduler: the Trainer's scheduler.
         per_group: whether the groups are to get rates of their own.
+        flat: whether the optimizer steps flat partitions, so that its groups tell what they hold by name only.
 
     Raises:
         ValueError: a parameter is outside the optimizer, or rates per group are impossible.
@@ -230,6 +246,9 @@ def optimizer(
     held = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
     parameters = openable(model)
     outside = [n for n in callback.groups.parameters if n in parameters and id(parameters[n]) not in held]
+    if flat:
+        named = {normalise(name) for group in inner.param_groups for name in group.get("param_names", ())}
+        outside = [name for name in outside if name not in named]
     if outside:
         raise ValueError(_outside(outside))
     if per_group and not (isinstance(scheduler, LambdaLR) and "layer_group" in inner.param_groups[0]):
