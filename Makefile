@@ -13,7 +13,7 @@ demo: .venv/demo.done
 test: .venv/timm.done
 	$(BIN)/python -m pytest
 
-test-all: .venv/timm.done
+test-all: .venv/timm.done .venv/deepspeed.done
 	$(BIN)/python -m pytest -m "not gpu"
 
 check: .venv/dev.done
@@ -46,6 +46,12 @@ clean:
 .venv/neighbours.done: .venv/dev.done
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --upgrade --target .venv/neighbours \
 		lightning pytorch-lightning lightning-utilities torchmetrics finetuning-scheduler
+	touch $@
+
+# Beside it too: see tests/deepspeed_beside.py. Nothing is compiled.
+.venv/deepspeed.done: .venv/dev.done
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt --upgrade \
+		--target .venv/deepspeed deepspeed einops hjson msgpack py-cpuinfo
 	touch $@
 
 # torch first: where no CPU build is offered beside the default one, this is the download that takes time.
