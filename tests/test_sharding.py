@@ -50,6 +50,14 @@ def test_rates_need_the_original_parameters(tmp_path: Path, monkeypatch: pytest.
         attach(fsdp(tmp_path, monkeypatch, use_orig_params=False))
 
 
+def test_attach_gives_no_factory_where_parameters_are_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for use_orig_params in (False, True):
+        trainer = fsdp(tmp_path, monkeypatch, use_orig_params=use_orig_params)
+        trainer.optimizer_cls_and_kwargs = None
+        attach(trainer)
+        assert (trainer.optimizer_cls_and_kwargs is not None) is use_orig_params
+
+
 def test_unfreezing_and_anchoring_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PreflightError, match=r"GradualUnfreezing does not support FSDP 1, .*Use FSDP 2"):
         attach(fsdp(tmp_path, monkeypatch, lambda groups: GradualUnfreezing(groups, at_steps([3, 6]))))

@@ -23,7 +23,7 @@ from tl_callbacks.preflight import (
 )
 from tl_callbacks.ranks import VerifyRanks
 from tl_callbacks.recorder import Recorder
-from tl_callbacks.sharding import names_an_optimizer
+from tl_callbacks.sharding import factory_findings
 from tl_callbacks.unfreezing.callback import GradualUnfreezing
 
 
@@ -87,9 +87,9 @@ def attach(trainer: Trainer, *, verify_ranks: int = 100) -> None:
 
 
 def _give_factory(trainer: Trainer) -> None:
-    """Install a neutral factory unless an optimizer is given, or one that groups by rules of its own is named."""
+    """Install a neutral factory unless an optimizer is given or named that takes no groups from outside."""
     given = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
-    if given or names_an_optimizer(trainer):
+    if given or factory_findings(trainer, own_rates=False):
         return
     if refusal(trainer.args) is None and not has_loss_parameters(trainer):
         trainer.optimizer_cls_and_kwargs = layerwise_optimizer(trainer.args, _groups(trainer))  # type: ignore[assignment]

@@ -33,11 +33,6 @@ def zero_stage(trainer: Trainer) -> int:
     return int(_plugin(trainer, "deepspeed_plugin").zero_stage) if sharding(trainer) == "deepspeed" else 0
 
 
-def names_an_optimizer(trainer: Trainer) -> bool:
-    """Return whether a DeepSpeed config has an optimizer of its own, so that the Trainer never calls a factory."""
-    return "optimizer" in _deepspeed_config(trainer)
-
-
 def factory_findings(trainer: Trainer, *, own_rates: bool) -> list[str]:
     """Return why an optimizer with a group per layer would not do what it says, one text a finding.
 
@@ -46,14 +41,15 @@ def factory_findings(trainer: Trainer, *, own_rates: bool) -> list[str]:
         own_rates: whether the layer groups differ in their rates, now or later.
     """
     found = []
-    if names_an_optimizer(trainer):
-        kind = _deepspeed_config(trainer)["optimizer"].get("type")
+    config = _deepspeed_config(trainer)
+    if "optimizer" in config:
+        kind = config["optimizer"].get("type")
         found.append(
             f'the DeepSpeed config has a section "optimizer" ({kind}), which takes the place of layerwise_optimizer: '
             "the layer groups would have no rates of their own. Remove the section; args.optim names the optimizer."
         )
-    if own_rates and "scheduler" in _deepspeed_config(trainer):
-        kind = _deepspeed_config(trainer)["scheduler"].get("type")
+    if own_rates and "scheduler" in config:
+        kind = config["scheduler"].get("type")
         found.append(
             f'the DeepSpeed config has a section "scheduler" ({kind}), which gives all groups one rate. Remove the '
             "section; args.lr_scheduler_type names the scheduler."

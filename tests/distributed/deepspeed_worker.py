@@ -31,16 +31,22 @@ from tl_callbacks import (
     group_layers,
     layerwise_optimizer,
 )
+from tl_callbacks.frozen.eval_mode import frozen_modules
 from tl_callbacks.parameters import parameters_by_name
 from tl_callbacks.recorder import RECIPE_NAME
 from tl_callbacks.unfreezing import rate_frozen
 
 
 class States(TrainerCallback):
-    """Records after each step the largest number in the optimizer's state of each layer group, its count left out."""
+    """Records after each step what the optimizer and the modules hold of the frozen groups and the others.
+
+    `largest`: the largest number in the optimizer's state of each layer group, its count left out. `training`: whether
+    any frozen module was in training mode, and whether the head was.
+    """
 
     def __init__(self) -> None:
         self.largest: list[dict[str, float]] = []
+        self.training: list[tuple[bool, bool]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         inner = rate_frozen.innermost(kwargs["optimizer"])
@@ -48,8 +54,11 @@ class States(TrainerCallback):
         for group in inner.param_groups:
             values = [v for p in group["params"] for k, v in inner.state.get(p, {}).items() if k != "step"]
             tensors = [float(value.abs().max()) for value in values if torch.is_tensor(value)]
-            found[group["layer_group"]] = max([found.get(group["layer_group"], 0.0), *tensors])
+            name = group.get("layer_group", "")
+            found[name] = max([found.get(name, 0.0), *tensors])
         self.largest.append(found)
+        model = kwargs["model"]
+        self.training.append((any(module.training for module in frozen_modules(model)), model.classifier.training))
 
 
 def make(
@@ -104,6 +113,7 @@ def facts(trainer: Trainer, witness: Witness, states: States, start: dict[str, t
         "hashes": witness.hashes,
         "trainable": witness.trainable,
         "states": states.largest,
+        "training": states.training,
         "events": events.read(trainer.state.log_history, "opening"),
         "rates": [entry for entry in trainer.state.log_history if "tl/rate/head" in entry],
         "optimizer": type(rate_frozen.innermost(trainer.optimizer)).__name__,

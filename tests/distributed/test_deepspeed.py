@@ -145,6 +145,7 @@ def test_groups_stay_bit_for_bit_frozen_until_they_open(name: str, ranks: int, r
                 assert values[moving] != values[opening], "an open group must move"
         assert bool(early) is ("frozen" in cell.broken), early
         assert len(set(rank["trainable"])) == len(cell.openings) + 1, "frozen groups need no gradient"
+        assert rank["training"] == [(False, True)] * STEPS, "frozen modules are in eval mode, the head is not"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -37,8 +37,8 @@ def findings(trainer: Trainer) -> list[str]:
     found = []
     if (stage := zero_stage(trainer)) > 2:
         found.append(
-            f"GradualUnfreezing does not support DeepSpeed ZeRO-{stage}, which gathers and steps parameters by plans "
-            "made when everything was trainable. Use stage 2, or FSDP 2."
+            f"GradualUnfreezing does not support DeepSpeed ZeRO-{stage}, which holds a parameter only while its module "
+            "runs; freezing there is not known to be exact. Use stage 2."
         )
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if optim not in _OPTIMIZERS:
