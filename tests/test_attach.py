@@ -144,6 +144,19 @@ def test_only_a_whole_checkpoint_is_resumed_from(tmp_path: Path) -> None:
     assert last_complete_checkpoint(tmp_path) is None
 
 
+def test_deepspeed_keeps_the_optimizer_in_a_folder_that_it_names(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-4"
+    folder.mkdir()
+    for name in ("rng_state.pth", "scheduler.pt", "model.safetensors"):
+        (folder / name).touch()
+    (folder / "trainer_state.json").write_text("{}")
+    assert last_complete_checkpoint(tmp_path) is None
+    (folder / "latest").write_text("global_step4")
+    assert last_complete_checkpoint(tmp_path) is None
+    (folder / "global_step4").mkdir()
+    assert last_complete_checkpoint(tmp_path) == str(folder)
+
+
 def test_an_error_lists_what_is_wrong(tmp_path: Path) -> None:
     model = tiny.bert()
     model.bert.pooler.requires_grad_(False)
