@@ -21,7 +21,7 @@ from tl_callbacks.preflight import (
     our_callbacks,
     preflight,
 )
-from tl_callbacks.ranks import VerifyRanks
+from tl_callbacks.ranks import VerifyRanks, holds_alike
 from tl_callbacks.recorder import Recorder
 from tl_callbacks.sharding import factory_findings
 from tl_callbacks.unfreezing.callback import GradualUnfreezing
@@ -76,7 +76,7 @@ def attach(trainer: Trainer, *, verify_ranks: int = 100) -> None:
         factory.trainer = trainer
     callbacks = our_callbacks(trainer)
     if not any(isinstance(callback, Recorder) for callback in callbacks):
-        if verify is not None and trainer.args.world_size > 1:
+        if verify is not None and trainer.args.world_size > 1 and holds_alike(trainer):
             trainer.add_callback(verify)
             callbacks.append(verify)
         methods = {type(method).__name__: method for method in (factory, *callbacks) if method is not None}

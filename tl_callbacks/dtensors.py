@@ -6,6 +6,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 
+from tl_callbacks.sharding import sharding
+
 
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this rank holds: its shard, which shares memory, or the tensor itself.
@@ -64,8 +66,7 @@ def renew_precision(model: nn.Module) -> None:
 
 def casts_what_trains(trainer: Trainer) -> bool:
     """Return whether accelerate will cast to float32 what trains when it shards the model: FSDP2 in mixed precision."""
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is None or plugin.fsdp_version != 2 or trainer.accelerator.mixed_precision == "no":
+    if sharding(trainer) != "fsdp2" or trainer.accelerator.mixed_precision == "no":
         return False
     assert trainer.model is not None
     return all(type(parameter).__name__ != "Params4bit" for parameter in trainer.model.parameters())

@@ -9,11 +9,12 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from tl_callbacks.callbacks import TransferCallback
 from tl_callbacks.dtensors import local, reshard
 from tl_callbacks.parameters import parameters_by_name
+from tl_callbacks.sharding import sharding, zero_stage
 
 _CHUNK = 1 << 20  # words hashed at a time: no temporary of a parameter's size
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2 ** 64 over the golden ratio, as a signed number
@@ -120,6 +121,11 @@ def differences(gathered: Tensor) -> list[tuple[int, int, int, int]]:
                 found.append((parameter, 0, rank, reference_rank))
                 break
     return found
+
+
+def holds_alike(trainer: Trainer) -> bool:
+    """Return whether it can be told which ranks should hold the same bits: not of FSDP 1's and ZeRO-3's pieces."""
+    return sharding(trainer) != "fsdp1" and zero_stage(trainer) < 3
 
 
 class VerifyRanks(TransferCallback):
