@@ -32,7 +32,6 @@ from tl_callbacks import (
     layerwise_optimizer,
 )
 from tl_callbacks.frozen.eval_mode import frozen_modules
-from tl_callbacks.parameters import parameters_by_name
 from tl_callbacks.recorder import RECIPE_NAME
 from tl_callbacks.unfreezing import rate_frozen
 
@@ -84,8 +83,7 @@ def make(
     args = tiny.arguments(folder, **overrides)
     model: Any = tiny.bert(layers=2, dropout=dropout)
     groups = group_layers(model)
-    parameters = parameters_by_name(model)
-    witness = Witness({group.name: [parameters[name] for name in group.parameters] for group in groups})
+    witness = Witness(groups)
     states = States()
     callbacks = [*cell.callbacks(groups, ranks), witness, states]
     kwargs["optimizer_cls_and_kwargs"] = layerwise_optimizer(args, groups, decay=cell.decay)
