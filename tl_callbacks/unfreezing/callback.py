@@ -214,15 +214,19 @@ class GradualUnfreezing(TransferCallback):
         recorded = events.read(state.log_history, EVENT)
         before = {name for event in recorded for name in event["groups"]}
         if set(phase.open) != before or phase.factor != recorded[-1]["factor"]:
+            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             events.emit(
                 state.log_history,
                 EVENT,
                 step=state.global_step,
                 groups=[name for name in phase.open if name not in before],
-                trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                trainable_parameters=trainable,
                 factor=phase.factor,
                 max_steps=state.max_steps,
             )
+            # Reporters see what is logged, and of that numbers only.
+            counts = {"tl/unfreezing/open_groups": len(phase.open), "tl/unfreezing/trainable_parameters": trainable}
+            self.log(counts, state)
 
     def _set_rates(
         self,
