@@ -115,7 +115,8 @@ class Recorder(TransferCallback):
         logs = kwargs["logs"]
         if "learning_rate" not in logs:
             return
-        _check_finite(logs, args, state)
+        if getattr(kwargs["optimizer"], "scaler", None) is None:  # a gradient scaler skips steps that are no numbers
+            _check_finite(logs, args, state)
         if self._rates:
             order = self.groups.names if self.groups else tuple(self._rates)
             self.log({f"tl/rate/{name}": float(self._rates[name]) for name in order if name in self._rates}, state)
@@ -146,9 +147,9 @@ class Recorder(TransferCallback):
 
 
 def _check_finite(logs: Mapping[str, float], args: TrainingArguments, state: TrainerState) -> None:
-    """Stop at a loss or gradient that is no number; under fp16 the gradient scaler skips such steps itself."""
+    """Stop at a loss or gradient that is no number."""
     bad = [key for key in ("loss", "grad_norm") if key in logs and not math.isfinite(logs[key])]
-    if bad and not args.fp16:
+    if bad:
         raise FloatingPointError(
             f"`{bad[0]}` is {logs[bad[0]]} at step {state.global_step}: the weights are no numbers from here on. Lower "
             f"learning_rate ({args.learning_rate}), add warm-up, or look for empty or broken inputs; the last "
