@@ -187,3 +187,27 @@ def test_a_run_with_skipped_steps_resumes_to_the_same_end(name: str, optim: str,
         assert rest.rates == whole.rates[step:]
         assert resumed.accelerator.scaler.state_dict() == straight.accelerator.scaler.state_dict()
         assert tiny.moved(whole.states[step], whole.states[-1]), "the checkpoint must not be the end already"
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+@pytest.mark.parametrize("name", ["lp_ft", "own"])
+def test_rates_keep_up_with_the_openings_although_the_scheduler_waits(name: str, optim: str, tmp_path: Path) -> None:
+    # The Trainer's scheduler stands still on a skipped step, except with a fused optimizer; three come before step 8.
+    model = tiny.bert()
+    groups = group_layers(model)
+    if name == "lp_ft":
+        unfreezing = GradualUnfreezing(groups, staged([(8, "all", 0.1)]))
+    else:
+        unfreezing = GradualUnfreezing(groups, at_steps([8, 8, 8, 8]), rates="own")
+    trainer, steps = skipping(tmp_path, [unfreezing], model=model, optim=optim)
+    behind = 0 if "fused" in optim else len(OVERFLOWS)
+    assert trainer.lr_scheduler.last_epoch == 12 - behind
+    shared = [1e-2 * (1 - (step - behind) / 12) for step in range(8, 12)]
+    late = [0.0, *(1e-2 * (1 - step / 3) for step in range(3))]  # a warm-up of one step, then three of decay
+    assert [rates["head"] for rates in steps.rates[8:]] == pytest.approx(
+        [0.1 * rate for rate in shared] if name == "lp_ft" else shared
+    )
+    assert [rates["embeddings"] for rates in steps.rates[8:]] == pytest.approx(
+        [0.1 * rate for rate in shared] if name == "lp_ft" else late
+    )
+    assert steps.rates[7]["head"] == pytest.approx(1e-2 * (1 - (7 - behind) / 12))

@@ -1,7 +1,7 @@
 """The adapter: decides when groups open during a Trainer's training, on every rank at once."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -18,7 +18,7 @@ from tl_callbacks.frozen.state import openable, set_frozen
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.unfreezing import checks, rate_frozen
 from tl_callbacks.unfreezing.plan import Phase, UnfreezePlan, by_tower, make_plan, steps_per_epoch
-from tl_callbacks.unfreezing.rates import SlantedTriangular, group_rates, replace_rates
+from tl_callbacks.unfreezing.rates import Rate, SlantedTriangular, group_rates, replace_rates
 from tl_callbacks.unfreezing.reducer import rebuild_reducer
 from tl_callbacks.unfreezing.schedule import UnfreezeSchedule
 
@@ -86,6 +86,8 @@ class GradualUnfreezing(TransferCallback):
         self._plan: UnfreezePlan | None = None  # derived anew at each train begin from the arguments and the lengths
         self._applied: tuple[str, ...] | None = None
         self._recorded: Phase | None = None
+        self._shared_rate: Rate | None = None  # the Trainer's own rule, where groups have rules of their own
+        self._skipped: int | None = None
         self._stop_watching: Callable[[], None] = lambda: None
 
     def __repr__(self) -> str:
@@ -149,6 +151,7 @@ class GradualUnfreezing(TransferCallback):
             self._apply(kwargs["model"], phase.open)
             self._rebuild()
             renew_precision(kwargs["model"])
+        self._follow_skipped_steps(args, state, **kwargs)
         if phase is not self._recorded:
             self._record(kwargs["model"], phase, state)
             self._recorded = phase
@@ -225,8 +228,9 @@ class GradualUnfreezing(TransferCallback):
                 max_steps=state.max_steps,
             )
             # Reporters see what is logged, and of that numbers only.
-            counts = {"tl/unfreezing/open_groups": len(phase.open), "tl/unfreezing/trainable_parameters": trainable}
-            self.log(counts, state)
+            self.log(
+                {"tl/unfreezing/open_groups": len(phase.open), "tl/unfreezing/trainable_parameters": trainable}, state
+            )
 
     def _set_rates(
         self,
@@ -243,7 +247,26 @@ class GradualUnfreezing(TransferCallback):
         per_group = self.rates != "shared" or any(phase.factor != 1 for phase in self._plan)
         flat = rate_frozen.applies(self.trainer)
         checks.optimizer(self, model, inner, lr_scheduler, per_group=per_group or flat, flat=flat)
-        if per_group and isinstance(lr_scheduler, LambdaLR):
-            shared = lr_scheduler.lr_lambdas[0]
-            rules = group_rates(self._plan, self.rates, args, max_steps=state.max_steps, shared=shared)
-            replace_rates(inner, lr_scheduler, rules)
+        own = per_group and isinstance(lr_scheduler, LambdaLR)
+        self._shared_rate = cast(LambdaLR, lr_scheduler).lr_lambdas[0] if own else None
+        self._skipped = None
+        self._follow_skipped_steps(args, state, optimizer=optimizer, lr_scheduler=lr_scheduler)
+
+    def _follow_skipped_steps(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        *,
+        optimizer: Optimizer,
+        lr_scheduler: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Give the groups their rules, and again when the scheduler has stood still on a step that was skipped."""
+        if self._shared_rate is None or state.global_step - lr_scheduler.last_epoch == self._skipped:
+            return
+        assert self._plan is not None
+        self._skipped = state.global_step - lr_scheduler.last_epoch
+        rules = group_rates(
+            self._plan, self.rates, args, max_steps=state.max_steps, shared=self._shared_rate, skipped=self._skipped
+        )
+        replace_rates(getattr(optimizer, "optimizer", optimizer), lr_scheduler, rules)

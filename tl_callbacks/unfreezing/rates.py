@@ -104,8 +104,9 @@ def group_rates(
     *,
     max_steps: int,
     shared: Rate,
+    skipped: int = 0,
 ) -> dict[str, Rate]:
-    """Return, for each group that opens, its factor on its peak rate as a function of the optimizer step.
+    """Return, for each group that opens, its factor on its peak rate as a function of the scheduler's step.
 
     Args:
         plan: the phases.
@@ -114,20 +115,22 @@ def group_rates(
         args: the Trainer's arguments.
         max_steps: optimizer steps of the training.
         shared: the Trainer's own factor.
+        skipped: optimizer steps by which the scheduler is behind, because a gradient scaler skipped them: the Trainer
+            counts them and openings do not wait.
     """
     factors = {phase.step: phase.factor for phase in plan}
 
     def with_factor(rule: Rate) -> Rate:
         if all(factor == 1 for factor in factors.values()):
             return rule
-        return lambda step: rule(step) * plan.at(step).factor
+        return lambda step: rule(step) * plan.at(step + skipped).factor
 
     def from_opening(opening: int) -> Rate:
         length = max_steps - opening
         if isinstance(rates, SlantedTriangular):
-            return lambda step: rates(max(0, step - opening), length)
+            return lambda step: rates(max(0, step + skipped - opening), length)
         rule = scheduler_rule(args, length, late=opening > 0)
-        return lambda step: rule(max(0, step - opening))
+        return lambda step: rule(max(0, step + skipped - opening))
 
     result: dict[str, Rate] = {}
     for group in plan.phases[-1].open:
