@@ -17,6 +17,7 @@ from tl_callbacks.frozen.eval_mode import keep_in_eval, release
 from tl_callbacks.frozen.state import openable, set_frozen
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.unfreezing import checks, rate_frozen
+from tl_callbacks.unfreezing.cautions import cautions
 from tl_callbacks.unfreezing.plan import Phase, UnfreezePlan, by_tower, make_plan, steps_per_epoch
 from tl_callbacks.unfreezing.rates import Rate, SlantedTriangular, group_rates, replace_rates
 from tl_callbacks.unfreezing.reducer import rebuild_reducer
@@ -115,7 +116,7 @@ class GradualUnfreezing(TransferCallback):
 
     def cautions(self, trainer: Trainer) -> list[str]:
         """Return what to know before: groups that never open, an early stop before them, compilations, slow steps."""
-        return checks.cautions(self, trainer)
+        return cautions(self, trainer)
 
     def before_optimizer_load(self, model: nn.Module, state: TrainerState) -> None:
         """Set the freeze state that the recorded openings say, or the one of step 0; under DeepSpeed none yet."""

@@ -2,13 +2,12 @@
 
 import warnings
 from collections.abc import Mapping
-from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from tl_callbacks import events
 from tl_callbacks.errors import NoEffectWarning
@@ -42,7 +41,7 @@ def findings(callback: "GradualUnfreezing", trainer: Trainer) -> list[str]:
             f"lr_scheduler_type={kind} adapts one rate to the loss of what is open; a group that opens later gets "
             "whatever is left of it. Use a scheduler of the step, such as linear, with GradualUnfreezing."
         )
-    found += _unplannable(callback, trainer)
+    found += unplannable(callback, trainer)
     if not callback.freezes_nothing():
         found += _frozen_layers(callback, trainer)
     found += rate_frozen.findings(trainer)
@@ -68,58 +67,30 @@ def _frozen_layers(callback: "GradualUnfreezing", trainer: Trainer) -> list[str]
             "ddp_static_graph=True promises DDP that the same parameters train at every step, which GradualUnfreezing "
             "breaks at each opening. Leave ddp_static_graph out."
         )
-    if _reentrant(args):
+    if reentrant(args):
         if args.ddp_find_unused_parameters and args.world_size > 1:
             found.append(
                 "reentrant activation checkpointing and ddp_find_unused_parameters=True make DDP count a parameter "
-                f"twice. {_NON_REENTRANT}"
+                f"twice. {NON_REENTRANT}"
             )
         if getattr(trainer.model, "main_input_name", "input_ids") != "input_ids" and not is_peft(trainer.model):
             found.append(
                 "reentrant activation checkpointing gives no gradient to open layers above frozen ones, because what "
-                f"reaches {type(trainer.model).__name__} requires none: they would not move. {_NON_REENTRANT}"
+                f"reaches {type(trainer.model).__name__} requires none: they would not move. {NON_REENTRANT}"
             )
     return found
 
 
-_NON_REENTRANT = 'Set activation_checkpointing_kwargs={"use_reentrant": False}.'
+NON_REENTRANT = 'Set activation_checkpointing_kwargs={"use_reentrant": False}.'
 
 
-def _reentrant(args: TrainingArguments) -> bool:
+def reentrant(args: TrainingArguments) -> bool:
+    """Return whether activation checkpointing is on in its reentrant kind."""
     kwargs: Any = args.activation_checkpointing_kwargs or {}
     return bool(args.activation_checkpointing and kwargs.get("use_reentrant"))
 
 
-def cautions(callback: "GradualUnfreezing", trainer: Trainer) -> list[str]:
-    """Return what will work but should be known beforehand, one text each."""
-    found: list[str] = []
-    if callback.freezes_nothing():
-        return found
-    args = trainer.args
-    if _reentrant(args):
-        found.append(
-            f"reentrant activation checkpointing recomputes and back-propagates through frozen layers. {_NON_REENTRANT}"
-        )
-    lengths = training_lengths(trainer)
-    if lengths is None or _unplannable(callback, trainer):
-        return found
-    plan = callback.plan(*lengths)
-    if plan.never:
-        found.append(_never(callback, plan, lengths[0]))
-    if args.torch_compile and len(plan.phases) > 1:
-        found.append(
-            f"torch_compile=True compiles once more at each of the {len(plan.phases) - 1} transitions, which can take "
-            "longer than the steps that freezing saves. Open more groups at once, or leave torch_compile out."
-        )
-    found += [
-        text
-        for other in trainer.callback_handler.callbacks
-        if isinstance(other, EarlyStoppingCallback) and (text := _early_stop(other, plan, args, *lengths))
-    ]
-    return found
-
-
-def _unplannable(callback: "GradualUnfreezing", trainer: Trainer) -> list[str]:
+def unplannable(callback: "GradualUnfreezing", trainer: Trainer) -> list[str]:
     """Return why the schedule cannot be applied to this training, as far as its length is known."""
     lengths = training_lengths(trainer)
     try:
@@ -130,28 +101,11 @@ def _unplannable(callback: "GradualUnfreezing", trainer: Trainer) -> list[str]:
     return []
 
 
-def _never(callback: "GradualUnfreezing", plan: UnfreezePlan, max_steps: int) -> str:
+def never_opens(callback: "GradualUnfreezing", plan: UnfreezePlan, max_steps: int) -> str:
+    """Return the text that names the groups a plan never opens."""
     return (
         f"{callback!r} never opens {', '.join(f'`{name}`' for name in plan.never)} within {max_steps} steps. Open them "
         "earlier, or name them in keep_frozen if that is meant."
-    )
-
-
-def _early_stop(
-    stopping: EarlyStoppingCallback, plan: UnfreezePlan, args: TrainingArguments, max_steps: int, epoch: int | None
-) -> str | None:
-    """Return a text if early stopping can fire before the last opening, None if it cannot."""
-    last, every = plan.phases[-1], float(args.eval_steps or 0)
-    by_epoch = str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "epoch"
-    interval = (epoch or 0) if by_epoch else ceil(every * max_steps) if every < 1 else int(every)
-    patience = stopping.early_stopping_patience
-    earliest = (patience + 1) * interval  # the first evaluation sets the best value
-    if not interval or earliest >= last.step:
-        return None
-    return (
-        f"EarlyStoppingCallback(early_stopping_patience={patience}) can stop the training at step {earliest}, before "
-        f"`{last.opened[0] if last.opened else last.open[0]}` opens at step {last.step}. Give it a patience of "
-        f"{ceil(last.step / interval)} evaluations or more, or open the groups earlier."
     )
 
 
@@ -212,7 +166,7 @@ def history(callback: "GradualUnfreezing", plan: UnfreezePlan, state: TrainerSta
 def effect(callback: "GradualUnfreezing", plan: UnfreezePlan, state: TrainerState) -> None:
     """Warn of groups that never open within the training, unless `attach` could, and of a schedule without effect."""
     if plan.never and (callback.trainer is None or training_lengths(callback.trainer) is None):
-        warnings.warn(_never(callback, plan, state.max_steps), NoEffectWarning, stacklevel=3)
+        warnings.warn(never_opens(callback, plan, state.max_steps), NoEffectWarning, stacklevel=3)
     if callback.freezes_nothing() and len(plan.phases) == 1:
         warnings.warn(
             f"{callback!r} has everything open from step 0 and freezes nothing. Leave it out, or open groups later.",
