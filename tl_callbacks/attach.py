@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from tl_callbacks.checkpoints import last_complete_checkpoint
+from tl_callbacks.checkpoints import lacks_optimizer, last_complete_checkpoint
 from tl_callbacks.discovery import group_layers
 from tl_callbacks.errors import PreflightWarning
 from tl_callbacks.frozen.eval_mode import release
@@ -116,8 +116,17 @@ def _guard_train(trainer: Trainer) -> None:
                 raise ValueError(
                     f"no checkpoint in `{folder}` was written to its end by {world_size} or more ranks, or by one; "
                     "expected a folder checkpoint-<step> with weights, optimizer, random states and "
-                    "trainer_state.json. Start without resume_from_checkpoint, or give the path of one."
+                    "trainer_state.json; save_only_model=True writes weights alone. Start without "
+                    "resume_from_checkpoint, or give the path of one."
                 )
+        elif isinstance(resume_from_checkpoint, str) and lacks_optimizer(resume_from_checkpoint):
+            warnings.warn(
+                f"`{resume_from_checkpoint}` holds no optimizer, as save_only_model=True leaves it out: the moments "
+                "and the learning rate start anew while the steps and the openings go on, which is another run than "
+                "an uninterrupted one. Resume from a whole checkpoint, or train from its weights without resuming.",
+                UserWarning,
+                stacklevel=2,
+            )
         try:
             return train(resume_from_checkpoint, *args, **kwargs)
         finally:

@@ -38,6 +38,23 @@ def last_complete_checkpoint(folder: str | Path, *, world_size: int = 1) -> str 
     return str(steps[max(complete)]) if complete else None
 
 
+def lacks_optimizer(path: str | Path) -> bool:
+    """Return whether a checkpoint holds weights alone, as `save_only_model=True` writes it.
+
+    Args:
+        path: the checkpoint's folder.
+
+    Example:
+        >>> import tempfile
+        >>> lacks_optimizer(tempfile.mkdtemp())
+        True
+    """
+    # DeepSpeed's folder is global_step<n>, FSDP's optimizer_0.
+    folder = Path(path)
+    held = ("optimizer", "global_step")
+    return folder.is_dir() and not any(file.name.startswith(held) for file in folder.iterdir())
+
+
 def _is_complete(path: Path, world_size: int) -> bool:
     written = {file.name for file in path.iterdir() if file.is_file()}
     written |= {f"{file.parent.name}/{file.name}" for file in path.glob("*/.metadata")}
