@@ -15,7 +15,7 @@ from tests import tiny
 from tests.test_trainer_features import FORMS, OPENINGS, Steps, assert_moves_by_plan, run
 from tl_callbacks import (
     GradualUnfreezing,
-    NoEffectWarning,
+    PreflightWarning,
     WeightAnchoring,
     at_steps,
     attach,
@@ -278,9 +278,9 @@ def noise(folder: Path, openings: list[int] | None, **overrides: Any) -> list[bo
 def test_neftune_waits_until_the_embeddings_open_and_that_is_said(tmp_path: Path) -> None:
     assert noise(tmp_path, None) == [True] * 12
     assert noise(tmp_path, None, neftune_noise_alpha=None) == [False] * 12
-    with pytest.warns(NoEffectWarning, match=r"neftune_noise_alpha=5.0 adds no noise before step 5: `embeddings` is"):
+    with pytest.warns(PreflightWarning, match=r"neftune_noise_alpha=5.0 adds no noise before step 5: `embeddings` is"):
         assert noise(tmp_path, [1, 2, 3, 5]) == [False] * 5 + [True] * 7
-    with pytest.warns(NoEffectWarning) as told:
+    with pytest.warns(PreflightWarning) as told:
         assert noise(tmp_path, [1, 2, 3]) == [False] * 12
     assert any("adds no noise in this training: `embeddings` is frozen" in str(w.message) for w in told)
 
@@ -289,7 +289,8 @@ def test_neftune_waits_until_the_embeddings_open_and_that_is_said(tmp_path: Path
 @pytest.mark.parametrize("form", FORMS)
 def test_a_compiled_model_opens_groups_too(form: Any, tmp_path: Path) -> None:
     model = tiny.bert(dropout=0.0)
-    _, steps = run(model, tmp_path / "compiled", form=form, torch_compile=True)
+    with pytest.warns(PreflightWarning, match="compiles once more at each of the"):
+        _, steps = run(model, tmp_path / "compiled", form=form, torch_compile=True)
     assert_moves_by_plan(model, steps)
     _, eager = run(tiny.bert(dropout=0.0), tmp_path / "eager", form=form)
     for name, tensor in eager.states[1].items():

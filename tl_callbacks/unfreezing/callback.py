@@ -140,7 +140,7 @@ class GradualUnfreezing(TransferCallback):
         announce(f"{self!r}\n{self._plan}{rate_frozen.note(self.trainer)}", state)
         self._set_rates(args, state, **kwargs)
         self._apply(kwargs["model"], self._plan.at(state.global_step).open)
-        self._rebuild()  # a second train() finds a reducer over what the first one left open
+        self._rebuild_reducer()  # a second train() finds one over what the first one left open
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -150,8 +150,7 @@ class GradualUnfreezing(TransferCallback):
         phase = self._plan.at(state.global_step)
         if phase.open != self._applied:
             self._apply(kwargs["model"], phase.open)
-            self._rebuild()
-            renew_precision(kwargs["model"])
+            self._reduce_anew(kwargs["model"])
         self._follow_skipped_steps(args, state, **kwargs)
         if phase is not self._recorded:
             self._record(kwargs["model"], phase, state)
@@ -208,7 +207,11 @@ class GradualUnfreezing(TransferCallback):
         self._applied = tuple(name for name in self.groups.names if name in set(open_groups))
         self.transitions += 1
 
-    def _rebuild(self) -> None:
+    def _reduce_anew(self, model: nn.Module) -> None:
+        self._rebuild_reducer()
+        renew_precision(model)
+
+    def _rebuild_reducer(self) -> None:
         if self.trainer is not None:
             wrapper = getattr(self.trainer.model_wrapped, "_orig_mod", self.trainer.model_wrapped)
             if isinstance(wrapper, DistributedDataParallel):
