@@ -122,12 +122,21 @@ def _repeats(container: nn.Module) -> bool:
     return bool(elements) and len({type(child) for child in elements}) == 1 and all(map(children, elements))
 
 
-def parts(module: nn.Module) -> Iterator[tuple[str, list[Block]]]:
+def _is_pipeline(module: nn.Module) -> bool:
+    """Return whether a sequence has one part with blocks among parts without: sentence-transformers' models."""
+    deep = [contains_stack(child, name) for name, child in children(module)]
+    return isinstance(module, nn.Sequential) and sum(deep) == 1 and len(deep) > 1
+
+
+def parts(module: nn.Module, *, is_root: bool = False) -> Iterator[tuple[str, list[Block]]]:
     """Yield a module's children in the order of registration: name, and the blocks if it is a stack.
 
     Lists of one length that hold one part of each block (attentions, norms, feed-forwards) are zipped; numbered
     siblings (`layer1`, `layer2`) are a stack too. Such stacks stand where the first of them is registered.
     """
+    if is_root and _is_pipeline(module):
+        yield from ((name, []) for name, _ in children(module))
+        return
     if is_stack(module, "layers"):
         yield "", stack_blocks(module, "")
         return

@@ -78,7 +78,7 @@ class Reader:
         heads = set(head_parts(module, is_root=not path))
         leaves: list[tuple[int, str]] = [(-1, name) for name in own_parameters(module) if name not in heads]
         found: list[tuple[str, int, Any]] = []
-        for place, (name, blocks) in enumerate(parts(module)):
+        for place, (name, blocks) in enumerate(parts(module, is_root=not path)):
             child = module.get_submodule(name)
             if name in heads:
                 continue
