@@ -213,17 +213,14 @@ def test_a_frozen_parameter_of_a_model_that_cannot_be_made_anew_is_a_warning(tmp
         attach(Trainer(model, tiny.arguments(tmp_path)))
 
 
-def test_a_trainer_that_optimizes_its_loss_keeps_its_optimizer(tmp_path: Path) -> None:
-    class LossTrainer(Trainer):
-        """What sentence-transformers' trainer does: a loss with parameters, and an optimizer over them."""
+def test_what_is_no_trainer_is_refused(tmp_path: Path) -> None:
+    class Outer:
+        """What SetFit's trainer is: it has a transformers.Trainer inside."""
 
-        loss = torch.nn.Linear(2, 2)
+        st_trainer = tiny.trainer(tiny.bert(), tiny.arguments(tmp_path))
 
-    model = tiny.bert()
-    trainer = LossTrainer(model, tiny.arguments(tmp_path), train_dataset=tiny.texts())
-    attach(trainer)
-    assert trainer.optimizer_cls_and_kwargs is None
-    args = tiny.arguments(tmp_path)
-    optimizer = tl_callbacks.layerwise_optimizer(args, group_layers(model))
-    with pytest.raises(ValueError, match="LossTrainer trains parameters of its loss too"):
-        attach(LossTrainer(model, args, train_dataset=tiny.texts(), optimizer_cls_and_kwargs=optimizer))
+    with pytest.raises(TypeError, match=r"got tests.test_attach.Outer. .*attach\(trainer.st_trainer\)"):
+        attach(Outer())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"BertForSequenceClassification. Pass the trainer whose"):
+        attach(tiny.bert())  # type: ignore[arg-type]
+    attach(Outer.st_trainer)

@@ -13,14 +13,8 @@ from tl_callbacks.frozen.eval_mode import release
 from tl_callbacks.frozen.state import set_frozen
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.layerwise.factory import layerwise_optimizer, refusal
-from tl_callbacks.preflight import (
-    PreflightError,
-    cautions,
-    factory_of,
-    has_loss_parameters,
-    our_callbacks,
-    preflight,
-)
+from tl_callbacks.losses import LossWeights, load_loss, loss_module
+from tl_callbacks.preflight import PreflightError, cautions, factory_of, our_callbacks, preflight
 from tl_callbacks.ranks import VerifyRanks, holds_alike
 from tl_callbacks.recorder import Recorder
 from tl_callbacks.sharding import factory_findings
@@ -46,6 +40,7 @@ def attach(trainer: Trainer, *, verify_ranks: int = 100) -> None:
 
     Raises:
         PreflightError: a ValueError that lists every finding.
+        TypeError: it is no `transformers.Trainer`, such as SetFit's trainer, which has one as `st_trainer`.
         ValueError: `verify_ranks` is no whole number of 0 or more.
 
     Example:
@@ -58,6 +53,7 @@ def attach(trainer: Trainer, *, verify_ranks: int = 100) -> None:
         >>> trainer.optimizer_cls_and_kwargs[0]
         LayerwiseOptimizer(embeddings: 5e-05, encoder.layer.0: 5e-05, encoder.layer.1: 5e-05, head: 5e-05)
     """
+    _check_type(trainer)
     verify = VerifyRanks(verify_ranks) if verify_ranks != 0 else None
     known = cautions(trainer)
     if findings := preflight(trainer):
@@ -81,9 +77,20 @@ def attach(trainer: Trainer, *, verify_ranks: int = 100) -> None:
             callbacks.append(verify)
         methods = {type(method).__name__: method for method in (factory, *callbacks) if method is not None}
         trainer.add_callback(Recorder(factory.groups if factory else None, methods))
+        if loss_module(trainer) is not None:
+            trainer.add_callback(LossWeights())
         _guard_train(trainer)
     for callback in our_callbacks(trainer):
         callback.on_attach(trainer)
+
+
+def _check_type(trainer: object) -> None:
+    if not isinstance(trainer, Trainer):
+        inside = " Its embedding trainer is one: attach(trainer.st_trainer)." if hasattr(trainer, "st_trainer") else ""
+        raise TypeError(
+            f"expected a transformers.Trainer or a subclass of it, got {type(trainer).__module__}."
+            f"{type(trainer).__name__}.{inside or ' Pass the trainer whose train() is called.'}"
+        )
 
 
 def _give_factory(trainer: Trainer) -> None:
@@ -91,7 +98,7 @@ def _give_factory(trainer: Trainer) -> None:
     given = trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None
     if given or factory_findings(trainer, own_rates=False):
         return
-    if refusal(trainer.args) is None and not has_loss_parameters(trainer):
+    if refusal(trainer.args) is None:
         trainer.optimizer_cls_and_kwargs = layerwise_optimizer(trainer.args, _groups(trainer))  # type: ignore[assignment]
 
 
@@ -127,6 +134,8 @@ def _guard_train(trainer: Trainer) -> None:
                 UserWarning,
                 stacklevel=2,
             )
+        if resume_from_checkpoint:
+            load_loss(trainer, resume_from_checkpoint)
         try:
             return train(resume_from_checkpoint, *args, **kwargs)
         finally:

@@ -1,7 +1,8 @@
 """The base of our callbacks: what `attach` lends them beyond what the Trainer hands to every callback."""
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,12 @@ class TransferCallback(TrainerCallback):
     trainer: Trainer | None = None
     transitions = 0
     """How often this callback has changed what trains; after each change the ranks are compared."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, hook in list(vars(cls).items()):
+            if name.startswith("on_") and hasattr(TrainerCallback, name):
+                setattr(cls, name, _as_the_trainer_calls(hook))
 
     def findings(self, trainer: Trainer) -> list[str]:
         """Return what would go wrong with this trainer, one text a finding; empty if nothing."""
@@ -47,6 +54,21 @@ class TransferCallback(TrainerCallback):
     def facts(self) -> Mapping[str, Any]:
         """Return what `recipe.json` should say of this callback, as JSON values."""
         return {}
+
+
+def _as_the_trainer_calls(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that gets the arguments and the model of the Trainer from SetFit's trainer too.
+
+    SetFit's passes its own, a classifier that is no module, and those of the Trainer inside beside them.
+    """
+
+    @functools.wraps(hook)
+    def called(self: TransferCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if "st_model" in kwargs:
+            args, kwargs["model"] = kwargs["st_args"], kwargs["st_model"]
+        return hook(self, args, state, control, **kwargs)
+
+    return called
 
 
 def announce(text: str, state: TrainerState) -> None:

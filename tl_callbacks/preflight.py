@@ -5,7 +5,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
 from transformers import Trainer
 
 from tl_callbacks.callbacks import TransferCallback
@@ -135,11 +134,6 @@ def _optimizer(trainer: Trainer) -> list[str]:
     if factory is None:
         return factory_findings(trainer, own_rates=True) if unfreezing else []
     found = factory_findings(trainer, own_rates=unfreezing or set(factory.scales.values()) != {1.0})
-    if has_loss_parameters(trainer):
-        found.append(
-            f"{type(trainer).__name__} trains parameters of its loss too, which layerwise_optimizer does not cover. "
-            "Leave optimizer_cls_and_kwargs out; attach(trainer) then keeps the trainer's own optimizer."
-        )
     if factory.args is not trainer.args:
         found.append(
             "layerwise_optimizer was given other arguments than the Trainer; rate and weight decay would have two "
@@ -164,12 +158,6 @@ def _first_difference(one: LayerGroups, other: LayerGroups) -> str | None:
         if a is None or b is None or (a.name, a.parameters) != (b.name, b.parameters):
             return " against ".join(f"`{group.name}`" if group else "none" for group in (a, b))
     return None
-
-
-def has_loss_parameters(trainer: Trainer) -> bool:
-    """Return whether the trainer holds losses as modules, as sentence-transformers' does, and optimizes them itself."""
-    loss = getattr(trainer, "loss", None)
-    return isinstance(loss, nn.Module | dict)
 
 
 def factory_of(trainer: Trainer) -> LayerwiseOptimizer | None:

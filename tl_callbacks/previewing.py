@@ -4,6 +4,7 @@ from transformers import Trainer
 
 from tl_callbacks.discovery import group_layers
 from tl_callbacks.groups import LayerGroup
+from tl_callbacks.losses import loss_parameters
 from tl_callbacks.preflight import factory_of, our_callbacks
 from tl_callbacks.strategies import Strategy
 from tl_callbacks.unfreezing.callback import GradualUnfreezing
@@ -56,5 +57,8 @@ def preview(trainer: Trainer) -> str:
     lines = [str(callback) for callback in callbacks if isinstance(callback, Strategy)]
     lines += [f"{max_steps} steps, {steps_per_epoch or 'unknown'} an epoch, {kind} schedule"]
     lines += [groups.describe({"peak rate": rate, "opens at step": opens})]
+    if weights := loss_parameters(trainer):
+        count = sum(parameter.numel() for parameter in weights.values())
+        lines += [f"loss: {count:,} parameters of its own, open from step 0, peak {trainer.args.learning_rate:.3g}"]
     lines += [str(plan)] if plan else []
     return "\n".join(lines)

@@ -118,7 +118,7 @@ class Recorder(TransferCallback):
         if getattr(kwargs["optimizer"], "scaler", None) is None:  # a gradient scaler skips steps that are no numbers
             _check_finite(logs, args, state)
         if self._rates:
-            order = self.groups.names if self.groups else tuple(self._rates)
+            order = dict.fromkeys((*(self.groups.names if self.groups else ()), *self._rates))
             self.log({f"tl/rate/{name}": float(self._rates[name]) for name in order if name in self._rates}, state)
 
     def _write(self, args: TrainingArguments, state: TrainerState, model: nn.Module, status: str) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, cast, get_args
 
 from torch import nn
@@ -14,6 +14,7 @@ from tl_callbacks.callbacks import TransferCallback
 from tl_callbacks.frozen.state import openable
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.layerwise.scales import layer_scales
+from tl_callbacks.losses import GROUP, loss_module, loss_parameters
 from tl_callbacks.names import closest, normalise
 from tl_callbacks.parameters import dimensions, is_peft, parameters_by_name
 
@@ -27,7 +28,8 @@ class LayerwiseOptimizer:
     Made by `layerwise_optimizer`. All parameters are in the optimizer from step 0, frozen ones too, so that the
     scheduler, a resumed run and DDP see the same groups throughout. The groups are stored head first, because the
     Trainer logs the rate of group 0 as `learning_rate`. The decay classes are the Trainer's own
-    (`Trainer.get_decay_parameter_names`), narrowed by `no_decay="1d"`.
+    (`Trainer.get_decay_parameter_names`), narrowed by `no_decay="1d"`. Weights of a loss, which sentence-transformers'
+    trainers optimize too, are a last group `loss` at `args.learning_rate` once `attach` has lent the trainer.
 
     Args:
         args: the Trainer's arguments; rates, betas, weight decay and `optim` are read from them when it is built.
@@ -79,26 +81,16 @@ class LayerwiseOptimizer:
             check_recorded(self.groups, self.trainer.state)
         source: Any = self.trainer or Trainer
         optimizer_class, kwargs = source.get_optimizer_cls_and_kwargs(self.args, model)
+        trains_loss = kwargs.pop("optimizer_dict", None) is not None  # the groups of sentence-transformers' trainers
         decays = {normalise(name) for name in _decay_names(self.trainer, model)}
         parameters = check_groups(self.groups, model)
-        if self.no_decay == "1d":
-            decays -= {name for name, parameter in parameters.items() if dimensions(parameter) < 2}
         param_groups = []
         for group in reversed(self.groups.groups):
-            for decay in (True, False):
-                named = [(name, parameters[name]) for name in group.parameters if (name in decays) is decay]
-                if named:
-                    rate = self.args.learning_rate * self.scales[group.name]
-                    param_groups.append(
-                        {
-                            "params": named,
-                            "name": group.name if decay else f"{group.name} (no decay)",
-                            "layer_group": group.name,
-                            "lr": rate,
-                            "initial_lr": rate,  # the group's peak rate, also under a scheduler that does not note it
-                            "weight_decay": self.args.weight_decay if decay else 0.0,
-                        }
-                    )
+            held = {name: parameters[name] for name in group.parameters}
+            param_groups += self._by_decay(group.name, held, decays, self.scales[group.name])
+        if trains_loss and self.trainer is not None and (loss := loss_module(self.trainer)) is not None:
+            decays = set(_decay_names(self.trainer, loss))
+            param_groups += self._by_decay(GROUP, loss_parameters(self.trainer), decays, 1.0)
         optimizer: Optimizer = optimizer_class(param_groups, **kwargs)
         optimizer.register_load_state_dict_pre_hook(_check_names)
         if self.trainer is not None:
@@ -106,6 +98,25 @@ class LayerwiseOptimizer:
                 if isinstance(callback, TransferCallback):
                     callback.before_optimizer_load(model, self.trainer.state)
         return optimizer
+
+    def _by_decay(
+        self, name: str, parameters: Mapping[str, nn.Parameter], decays: Collection[str], scale: float
+    ) -> list[dict[str, Any]]:
+        """Return the optimizer's groups of one layer group: those with weight decay, and those without."""
+        rate = self.args.learning_rate * scale
+        decays = {n for n in decays if n in parameters and (self.no_decay != "1d" or dimensions(parameters[n]) > 1)}
+        return [
+            {
+                "params": named,
+                "name": name if decay else f"{name} (no decay)",
+                "layer_group": name,
+                "lr": rate,
+                "initial_lr": rate,  # the group's peak rate, also under a scheduler that does not note it
+                "weight_decay": self.args.weight_decay if decay else 0.0,
+            }
+            for decay in (True, False)
+            if (named := [(n, parameter) for n, parameter in parameters.items() if (n in decays) is decay])
+        ]
 
     def facts(self) -> dict[str, Any]:
         """Return what `recipe.json` says of the rates: `optim`, each group's ratio, and what has no weight decay."""
@@ -167,7 +178,7 @@ def layerwise_optimizer(
 
 
 def refusal(args: TrainingArguments) -> str | None:
-    """Return why the optimizer that `args.optim` names cannot take groups from outside, None if it can.
+    """Return why the optimizer that `args` names cannot take groups from outside, None if it can.
 
     Example:
         >>> import tempfile
@@ -181,6 +192,11 @@ def refusal(args: TrainingArguments) -> str | None:
         why = "steps inside the backward pass"
     elif "galore" in name or "apollo" in name:
         why = "makes parameter groups of its own"
+    elif mapping := getattr(args, "learning_rate_mapping", None):  # of sentence-transformers' arguments
+        return (
+            f"learning_rate_mapping={mapping} makes parameter groups of its own, so the rates would have two sources. "
+            "Leave it out and name the rates in layerwise_optimizer(args, groups, factors={...})."
+        )
     else:
         return None
     return (

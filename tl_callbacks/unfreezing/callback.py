@@ -16,6 +16,7 @@ from tl_callbacks.dtensors import casts_what_trains, renew_precision, reshard, t
 from tl_callbacks.frozen.eval_mode import keep_in_eval, release
 from tl_callbacks.frozen.state import openable, set_frozen
 from tl_callbacks.groups import LayerGroups
+from tl_callbacks.losses import GROUP as LOSS_GROUP
 from tl_callbacks.unfreezing import checks, rate_frozen
 from tl_callbacks.unfreezing.cautions import cautions
 from tl_callbacks.unfreezing.plan import Phase, UnfreezePlan, by_tower, make_plan, steps_per_epoch
@@ -273,4 +274,5 @@ class GradualUnfreezing(TransferCallback):
         rules = group_rates(
             self._plan, self.rates, args, max_steps=state.max_steps, shared=self._shared_rate, skipped=self._skipped
         )
+        rules.setdefault(LOSS_GROUP, rules[self._plan.phases[0].open[-1]])  # a loss's weights go with the top group
         replace_rates(getattr(optimizer, "optimizer", optimizer), lr_scheduler, rules)
