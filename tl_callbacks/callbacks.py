@@ -47,7 +47,7 @@ class TransferCallback(TrainerCallback):
     def log(self, metrics: dict[str, float], state: TrainerState) -> None:
         """Log numbers to every reporter and to `log_history`; without a trainer to `log_history` alone."""
         if self.trainer is not None:
-            self.trainer.log(metrics)
+            Trainer.log(self.trainer, metrics)  # TRL's own would add its metrics a second time
         else:
             state.log_history.append({**metrics, "step": state.global_step})
 

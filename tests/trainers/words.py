@@ -89,9 +89,9 @@ def check_openings(steps: Steps, groups: LayerGroups, openings: Mapping[str, int
 
 
 def assert_left_as_found(model: nn.Module) -> None:
-    """Check that training left no hook, nothing frozen and no part in another mode than the whole."""
+    """Check that we left no hook, nothing frozen and no part in another mode than the whole."""
     for module in model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        assert not [hook for hook in hooks if hook.__module__.startswith("tl_callbacks")]
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert len({module.training for module in model.modules()}) == 1

@@ -225,7 +225,7 @@ def check_groups(groups: LayerGroups, model: nn.Module) -> dict[str, nn.Paramete
         raise ValueError(
             f"the groups are not those of this {type(model).__name__}: {len(unknown)} unknown and {len(missing)} "
             f"missing parameters; {'; '.join(strays[:3])}. Make them with group_layers(model) from the model that is "
-            "given to the Trainer, after PEFT adapters were added."
+            "given to the Trainer, after PEFT adapters were added: from trainer.model, where the trainer adds them."
         )
     return parameters
 

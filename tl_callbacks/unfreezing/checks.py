@@ -31,7 +31,9 @@ def findings(callback: "GradualUnfreezing", trainer: Trainer) -> list[str]:
     if unknown := [name for name in callback.groups.parameters if name not in known]:
         found.append(
             f"GradualUnfreezing's groups name `{unknown[0]}` and {len(unknown) - 1} other parameters that this "
-            "model does not have; make them with group_layers(model) from the model given to the Trainer."
+            "model does not have; make them with group_layers(model) from the model given to the Trainer. If the "
+            "trainer itself adds PEFT adapters (peft_config), make them from trainer.model and add the callback with "
+            "trainer.add_callback, or give it get_peft_model(model, peft_config)."
         )
     if sum(isinstance(other, type(callback)) for other in trainer.callback_handler.callbacks) > 1:
         found.append("the Trainer has several GradualUnfreezing callbacks; keep one, with one schedule.")
