@@ -41,15 +41,15 @@ RESUMES = [
 ]
 
 
-def launch(folder: Path, layout: str) -> int:
-    """Run the worker and return its exit status; what it printed is in log.txt."""
+def launch(folder: Path, layout: str, worker: Path = WORKER) -> int:
+    """Run a worker and return its exit status; what it printed is in log.txt."""
     folder.mkdir()
     ranks, launcher = LAYOUTS[layout], []
     if ranks > 1:
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, *launcher, str(WORKER), str(folder), layout],
+            [sys.executable, *launcher, str(worker), str(folder), layout],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=log,

@@ -16,10 +16,17 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from tests.trainers.words import VOCABULARY, Steps, assert_left_as_found, texts, tokenizer
-from tl_callbacks import GradualUnfreezing, WeightAnchoring, at_steps, attach, group_layers, layerwise_optimizer
-
-OPENINGS = [2, 3, 4, 5]
+from tests.trainers.words import VOCABULARY, Steps, assert_left_as_found, check_openings, texts, tokenizer
+from tl_callbacks import (
+    GradualUnfreezing,
+    LayerGroups,
+    WeightAnchoring,
+    adapt,
+    at_steps,
+    attach,
+    group_layers,
+    layerwise_optimizer,
+)
 
 
 def t5() -> T5ForConditionalGeneration:
@@ -27,7 +34,7 @@ def t5() -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(
         T5Config(
             vocab_size=len(VOCABULARY), d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0.1,
-            decoder_start_token_id=0, pad_token_id=0, eos_token_id=3, tie_word_embeddings=False,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=3,
         )
     )  # fmt: skip
 
@@ -46,7 +53,7 @@ def bart() -> BartForConditionalGeneration:
 MODELS = {"t5": t5, "bart": bart}
 
 
-def trainer(folder: Path, model: Any, *callbacks: Any, decay: float | None = None, **overrides: Any) -> Seq2SeqTrainer:
+def trainer(folder: Path, model: Any, *callbacks: Any, **overrides: Any) -> Seq2SeqTrainer:
     words = tokenizer(eos_token="[SEP]")
     rows = [
         {"input_ids": words(text)["input_ids"], "labels": words(target)["input_ids"]}
@@ -58,12 +65,21 @@ def trainer(folder: Path, model: Any, *callbacks: Any, decay: float | None = Non
         "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "log_level": "error",
         "dataloader_pin_memory": False,
     }  # fmt: skip
-    args = Seq2SeqTrainingArguments(str(folder / "run"), **{**options, **overrides})
     return Seq2SeqTrainer(
-        model, args, train_dataset=rows, eval_dataset=rows[:8], callbacks=list(callbacks), processing_class=words,
-        data_collator=DataCollatorForSeq2Seq(words, model), compute_metrics=lambda found: {"rows": len(found.predictions)},
-        optimizer_cls_and_kwargs=None if decay is None else layerwise_optimizer(args, group_layers(model), decay=decay),
-    )  # fmt: skip
+        model,
+        Seq2SeqTrainingArguments(str(folder / "run"), **{**options, **overrides}),
+        data_collator=DataCollatorForSeq2Seq(words, model),
+        train_dataset=rows,
+        eval_dataset=rows[:8],
+        processing_class=words,
+        compute_metrics=lambda found: {"rows": len(found.predictions)},
+        callbacks=list(callbacks),
+    )
+
+
+def openings(groups: LayerGroups) -> list[int]:
+    """From step 2 on one opening a step, for each group below the head."""
+    return list(range(2, 1 + len(groups)))
 
 
 def differ(one: nn.Module, other: nn.Module) -> set[str]:
@@ -76,13 +92,15 @@ def test_groups_open_in_their_turn_with_generation_between(name: str, tmp_path: 
     model = MODELS[name]()
     groups = group_layers(model)
     steps = Steps(model)
-    unfreezing = GradualUnfreezing(groups, at_steps([2, 3, 4, 5, 6][: len(groups) - 1]))
-    made = trainer(tmp_path, model, unfreezing, WeightAnchoring(0.1), steps, decay=0.8)
+    unfreezing = GradualUnfreezing(groups, at_steps(openings(groups)))
+    made = trainer(tmp_path, model, unfreezing, WeightAnchoring(0.1), steps, max_steps=10)
+    made.optimizer_cls_and_kwargs = layerwise_optimizer(made.args, groups, decay=0.8)
     attach(made)
     made.train()
-    print(groups, groups.levels)
-    assert [entry["eval_rows"] for entry in made.state.log_history if "eval_rows" in entry] == [8, 8]
-    assert any(f"tl/rate/{groups.names[0]}" in entry for entry in made.state.log_history)
+    check_openings(steps, groups, dict(zip(reversed(groups.names), [0, *openings(groups)], strict=True)))
+    assert [entry["eval_rows"] for entry in made.state.log_history if "eval_rows" in entry] == [8, 8, 8, 8]
+    rates = next(entry for entry in made.state.log_history if "tl/rate/embeddings" in entry)
+    assert 0 < rates["tl/rate/embeddings"] < rates[f"tl/rate/{groups.names[-1]}"]
     assert_left_as_found(model)
 
 
@@ -98,10 +116,23 @@ def test_neutral_settings_and_a_resumed_run_are_bit_for_bit_the_plain_trainer_s(
 
     def unfreezing() -> GradualUnfreezing:
         groups = group_layers(MODELS[name]())
-        return GradualUnfreezing(groups, at_steps([2, 3, 4, 5, 6][: len(groups) - 1]))
+        return GradualUnfreezing(groups, at_steps(openings(groups)))
 
     plain = trained(False)
     assert not differ(plain, trained(True))
     straight = trained(True, unfreezing())
     assert differ(plain, straight), "the control"
     assert not differ(straight, trained(True, unfreezing(), checkpoint=str(tmp_path / "run" / "checkpoint-3")))
+
+
+def test_a_strategy_by_name(tmp_path: Path) -> None:
+    model = t5()
+    made = trainer(tmp_path, model)
+    keywords = adapt(model, made.args, "discriminative", decay=0.5)
+    made.optimizer_cls_and_kwargs = keywords["optimizer_cls_and_kwargs"]
+    for callback in keywords["callbacks"]:
+        made.add_callback(callback)
+    attach(made)
+    made.train()
+    rates = next(entry for entry in made.state.log_history if "tl/rate/embeddings" in entry)
+    assert rates["tl/rate/decoder.block.0"] == pytest.approx(0.5 * rates["tl/rate/decoder.block.1"])

@@ -9,7 +9,16 @@ import torch
 from datasets import Dataset
 
 from tests.trainers.words import WORDS, Steps, assert_left_as_found, bert_folder, check_openings
-from tl_callbacks import GradualUnfreezing, NoEffectWarning, WeightAnchoring, at_steps, attach, events, group_layers, layerwise_optimizer
+from tl_callbacks import (
+    GradualUnfreezing,
+    NoEffectWarning,
+    WeightAnchoring,
+    at_steps,
+    attach,
+    events,
+    group_layers,
+    layerwise_optimizer,
+)
 
 pytest.importorskip("setfit", reason="tests of its trainer")
 import setfit

@@ -75,7 +75,11 @@ def test_the_quick_start_with_our_callbacks(options: dict[str, Any], tmp_path: P
     groups = group_layers(model)
     steps = Steps(model)
     args = arguments(tmp_path, **options)
-    callbacks = [GradualUnfreezing(groups, at_steps([2, 4, 5]), keep_frozen=["embeddings"]), WeightAnchoring(0.1), steps]
+    callbacks = [
+        GradualUnfreezing(groups, at_steps([2, 4, 5]), keep_frozen=["embeddings"]),
+        WeightAnchoring(0.1),
+        steps,
+    ]
     made = trainer(
         model, args, optimizer_cls_and_kwargs=layerwise_optimizer(args, groups, decay=0.5), callbacks=callbacks
     )
@@ -120,7 +124,7 @@ def test_groups_from_before_the_adapters_are_refused_with_what_to_do(tmp_path: P
     args = arguments(tmp_path)
     optimizer = layerwise_optimizer(args, groups)
     made = trainer(llama(), args, optimizer_cls_and_kwargs=optimizer, peft_config=LORA)
-    with pytest.raises(PreflightError, match="from trainer.model, where the trainer adds them"):
+    with pytest.raises(PreflightError, match=r"from trainer\.model, where the trainer adds them"):
         attach(made)
 
 
