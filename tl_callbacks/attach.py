@@ -2,10 +2,13 @@
 
 import functools
 import warnings
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
+from tl_callbacks.callbacks import announce
 from tl_callbacks.checkpoints import lacks_optimizer, last_complete_checkpoint
 from tl_callbacks.discovery import group_layers
 from tl_callbacks.errors import PreflightWarning
@@ -125,6 +128,12 @@ def _guard_train(trainer: Trainer) -> None:
                     "expected a folder checkpoint-<step> with weights, optimizer, random states and "
                     "trainer_state.json; save_only_model=True writes weights alone. Start without "
                     "resume_from_checkpoint, or give the path of one."
+                )
+            newest = Path(get_last_checkpoint(folder))  # type: ignore[no-untyped-call]
+            if newest != Path(resume_from_checkpoint):
+                announce(
+                    f"resuming from `{resume_from_checkpoint}`; the newer `{newest}` was not written to its end",
+                    trainer.state,
                 )
         elif isinstance(resume_from_checkpoint, str) and lacks_optimizer(resume_from_checkpoint):
             warnings.warn(
