@@ -5,7 +5,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all check parity bench bench-neighbours survey wheel clean
+.PHONY: demo test test-all check parity bench bench-neighbours survey soak wheel clean
 
 demo: .venv/demo.done
 	$(BIN)/python recipes/compare.py --output_dir runs/demo $(if $(QUICK),--num_seeds 1 --label_counts 50,)
@@ -30,6 +30,9 @@ bench-neighbours: .venv/neighbours.done
 
 survey: .venv/timm.done
 	$(BIN)/python -m tests.survey_architectures
+
+soak: .venv/dev.done
+	$(BIN)/python -m tests.soak
 
 wheel: .venv/dev.done
 	$(BIN)/python -m build --outdir dist

@@ -15,7 +15,7 @@ MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__
 GROUND = {"errors", "events", "names", "tables", "groups", "parameters", "frozen", "discovery", "timm_layers"}
 GROUND |= {"callbacks", "checkpoints", "dtensors", "losses", "sharding"}
 METHODS = {"layerwise", "unfreezing", "anchoring"}
-ROOF = {"preflight", "loss_scale", "recorder", "attach", "bundles", "strategies", "previewing", "ranks"}
+ROOF = {"preflight", "loss_scale", "recorder", "attach", "bundles", "strategies", "previewing", "ranks", "resuming"}
 
 
 def imports(path: Path) -> list[tuple[str, ast.stmt]]:

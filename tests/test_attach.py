@@ -147,8 +147,9 @@ def test_only_a_whole_checkpoint_is_resumed_from(tmp_path: Path) -> None:
 def test_deepspeed_keeps_the_optimizer_in_a_folder_that_it_names(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-4"
     folder.mkdir()
-    for name in ("rng_state.pth", "scheduler.pt", "model.safetensors"):
-        (folder / name).touch()
+    for name in ("rng_state.pth", "scheduler.pt"):
+        torch.save({}, folder / name)
+    (folder / "model.safetensors").touch()
     (folder / "trainer_state.json").write_text("{}")
     assert last_complete_checkpoint(tmp_path) is None
     (folder / "latest").write_text("global_step4")

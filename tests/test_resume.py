@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from tests import tiny
-from tests.resume_worker import HOLDING, RESULT, SETTINGS, STEPS, Regroup, Setting, make, result, unfreezing
+from tests.resume_worker import HOLDING, RESULT, SETTINGS, STEPS, Hold, Regroup, Setting, make, result, unfreezing
 from tl_callbacks import (
     LayerGroup,
     LayerGroups,
@@ -199,6 +200,27 @@ def test_a_resume_that_would_be_another_run_is_refused(change: str, straight: St
     assert resumed.model is not None
     assert all(parameter.requires_grad for parameter in resumed.model.parameters()), "an error leaves nothing frozen"
     assert resumed.state.global_step == (6 if message else overrides.get("max_steps", STEPS))
+
+
+@pytest.mark.parametrize("name", [None, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_checkpoint_that_was_cut_short_is_passed_over(
+    name: str | None, straight: Straight, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (6, 8):
+        shutil.copytree(checkpoint(straight("unfreezing"), step), tmp_path / f"checkpoint-{step}")
+    if name is not None:
+        file = tmp_path / "checkpoint-8" / name
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    resumed = make(tmp_path, SETTINGS["unfreezing"])
+    watch = Hold(tmp_path, step=None)
+    resumed.add_callback(watch)
+    resumed.train(resume_from_checkpoint=True)
+    assert watch.began == (8 if name is None else 6)
+    said = re.findall("resuming from .*", capsys.readouterr().out)
+    six, eight = tmp_path / "checkpoint-6", tmp_path / "checkpoint-8"
+    whole = [] if name is None else [f"resuming from `{six}`; the newer `{eight}` was not written to its end"]
+    assert said == whole
+    assert_same(result(resumed), result(straight("unfreezing")))
 
 
 def command(folder: Path, mode: str) -> list[str]:

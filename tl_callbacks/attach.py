@@ -1,25 +1,20 @@
 """`attach(trainer)`: checks the set-up, then lends the trainer to the callbacks."""
 
-import functools
 import warnings
-from pathlib import Path
-from typing import Any
 
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
-from tl_callbacks.callbacks import announce
-from tl_callbacks.checkpoints import lacks_optimizer, last_complete_checkpoint
 from tl_callbacks.discovery import group_layers
 from tl_callbacks.errors import PreflightWarning
 from tl_callbacks.frozen.eval_mode import release
 from tl_callbacks.frozen.state import set_frozen
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.layerwise.factory import layerwise_optimizer, refusal
-from tl_callbacks.losses import LossWeights, load_loss, loss_module
+from tl_callbacks.losses import LossWeights, loss_module
 from tl_callbacks.preflight import PreflightError, cautions, factory_of, our_callbacks, preflight
 from tl_callbacks.ranks import VerifyRanks, holds_alike
 from tl_callbacks.recorder import Recorder
+from tl_callbacks.resuming import guard_loading, guard_train
 from tl_callbacks.sharding import factory_findings
 from tl_callbacks.unfreezing.callback import GradualUnfreezing
 
@@ -34,7 +29,9 @@ def attach(trainer: Trainer, *, verify_ranks: int = 100) -> None:
       optimizer, with one named group per layer group) where it has none;
     - adds a recorder, which writes `recipe.json` and logs the rate of every group;
     - on several ranks compares their weights, bit for bit, after each transition and every `verify_ranks` steps;
-    - makes `train(resume_from_checkpoint=True)` take the last checkpoint that was written to its end;
+    - makes `train(resume_from_checkpoint=True)` take the last checkpoint that was written to its end, and say which one
+      that is where a newer one was not;
+    - loads all weights of a checkpoint, also of architectures that are saved under other names than the model's;
     - restores the model when training ends, also by an exception.
 
     Args:
@@ -82,7 +79,8 @@ def attach(trainer: Trainer, *, verify_ranks: int = 100) -> None:
         trainer.add_callback(Recorder(factory.groups if factory else None, methods))
         if loss_module(trainer) is not None:
             trainer.add_callback(LossWeights())
-        _guard_train(trainer)
+        guard_train(trainer)
+        guard_loading(trainer)
     for callback in our_callbacks(trainer):
         callback.on_attach(trainer)
 
@@ -111,45 +109,3 @@ def _groups(trainer: Trainer) -> LayerGroups:
         if isinstance(callback, GradualUnfreezing):
             return callback.groups
     return group_layers(trainer.model)
-
-
-def _guard_train(trainer: Trainer) -> None:
-    """Wrap this trainer's `train`: a whole checkpoint to resume from, and the model restored whatever happens."""
-    train = trainer.train
-
-    @functools.wraps(train)
-    def guarded(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint is True:
-            folder, world_size = str(trainer.args.output_dir), trainer.args.world_size
-            resume_from_checkpoint = last_complete_checkpoint(folder, world_size=world_size)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"no checkpoint in `{folder}` was written to its end by {world_size} or more ranks, or by one; "
-                    "expected a folder checkpoint-<step> with weights, optimizer, random states and "
-                    "trainer_state.json; save_only_model=True writes weights alone. Start without "
-                    "resume_from_checkpoint, or give the path of one."
-                )
-            newest = Path(get_last_checkpoint(folder))  # type: ignore[no-untyped-call]
-            if newest != Path(resume_from_checkpoint):
-                announce(
-                    f"resuming from `{resume_from_checkpoint}`; the newer `{newest}` was not written to its end",
-                    trainer.state,
-                )
-        elif isinstance(resume_from_checkpoint, str) and lacks_optimizer(resume_from_checkpoint):
-            warnings.warn(
-                f"`{resume_from_checkpoint}` holds no optimizer, as save_only_model=True leaves it out: the moments "
-                "and the learning rate start anew while the steps and the openings go on, which is another run than "
-                "an uninterrupted one. Resume from a whole checkpoint, or train from its weights without resuming.",
-                UserWarning,
-                stacklevel=2,
-            )
-        if resume_from_checkpoint:
-            load_loss(trainer, resume_from_checkpoint)
-        try:
-            return train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            for callback in our_callbacks(trainer):
-                if trainer.model is not None:
-                    callback.restore(trainer.model)
-
-    trainer.train = guarded  # type: ignore[method-assign]

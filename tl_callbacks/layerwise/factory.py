@@ -233,7 +233,9 @@ def check_groups(groups: LayerGroups, model: nn.Module) -> dict[str, nn.Paramete
 def record_groups(groups: LayerGroups, state: TrainerState) -> None:
     """Record once in a run's history which parameters its groups hold, for `check_recorded`."""
     if not events.read(state.log_history, EVENT):
-        events.emit(state.log_history, EVENT, step=state.global_step, digests=_digests(groups))
+        events.emit(
+            state.log_history, EVENT, step=state.global_step, digests=_digests(groups)
+        )  # a list: JSON sorts keys
 
 
 def check_recorded(groups: LayerGroups, state: TrainerState) -> None:
@@ -246,7 +248,7 @@ def check_recorded(groups: LayerGroups, state: TrainerState) -> None:
         ValueError: the history that is resumed records other groups.
     """
     for event in events.read(state.log_history, EVENT):
-        pairs = itertools.zip_longest(event["digests"].items(), _digests(groups).items())
+        pairs = itertools.zip_longest(event["digests"], _digests(groups))
         if differing := [pair for pair in pairs if pair[0] != pair[1]]:
             there, here = (f"`{side[0]}`" if side else "none" for side in differing[0])
             raise ValueError(
@@ -256,9 +258,9 @@ def check_recorded(groups: LayerGroups, state: TrainerState) -> None:
             )
 
 
-def _digests(groups: LayerGroups) -> dict[str, str]:
-    """Return a short hash of each group's parameter names, bottom to top."""
-    return {group.name: hashlib.sha256("\n".join(group.parameters).encode()).hexdigest()[:12] for group in groups}
+def _digests(groups: LayerGroups) -> list[list[str]]:
+    """Return each group's name and a short hash of its parameters' names, bottom to top, as JSON keeps them."""
+    return [[group.name, hashlib.sha256("\n".join(group.parameters).encode()).hexdigest()[:12]] for group in groups]
 
 
 def _check_names(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
