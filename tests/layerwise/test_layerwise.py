@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import MambaConfig, MambaForCausalLM, TrainerState
 
 from tests import tiny
 from tl_callbacks import LayerGroup, LayerGroups, attach, group_layers, layerwise_optimizer
 from tl_callbacks.layerwise import layer_scales
+from tl_callbacks.layerwise.factory import check_recorded, record_groups
 
 NAMES = ("embeddings", "layer.0", "layer.1", "head")
 GROUPS = LayerGroups(tuple(LayerGroup(name, (name,)) for name in NAMES), "head")
@@ -146,3 +147,15 @@ def test_repr_shows_the_rates(tmp_path: Path) -> None:
     optimizer, kwargs = layerwise_optimizer(tiny.arguments(tmp_path), group_layers(tiny.bert()), decay=0.5)
     assert "encoder.layer.2: 0.005, head: 0.01)" in repr(optimizer)
     assert kwargs == {}
+
+
+def test_recorded_groups_are_known_again_though_json_sorts_their_names(tmp_path: Path) -> None:
+    groups = group_layers(tiny.bert(layers=11))  # layer.10 comes before layer.2 in a dictionary's order
+    assert list(groups.names) != sorted(groups.names)
+    state = TrainerState()
+    record_groups(groups, state)
+    state.save_to_json(str(tmp_path / "state.json"))
+    resumed = TrainerState.load_from_json(str(tmp_path / "state.json"))
+    check_recorded(groups, resumed)
+    with pytest.raises(ValueError, match="belongs to other layer groups"):
+        check_recorded(groups.merge(groups.names[:2], "low"), resumed)

@@ -134,14 +134,12 @@ def parts(module: nn.Module, *, is_root: bool = False) -> Iterator[tuple[str, li
     Lists of one length that hold one part of each block (attentions, norms, feed-forwards) are zipped; numbered
     siblings (`layer1`, `layer2`) are a stack too. Such stacks stand where the first of them is registered.
     """
-    if is_root and _is_pipeline(module):
-        yield from ((name, []) for name, _ in children(module))
-        return
-    if is_stack(module, "layers"):
+    in_line = is_root and _is_pipeline(module)
+    if not in_line and is_stack(module, "layers"):
         yield "", stack_blocks(module, "")
         return
-    arrays = _arrays(module)
-    numbered = _numbered_siblings(module)
+    arrays = [] if in_line else _arrays(module)
+    numbered = [] if in_line else _numbered_siblings(module)
     for name, child in children(module):
         if name in arrays:
             if name == arrays[0]:

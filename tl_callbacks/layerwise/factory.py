@@ -259,7 +259,7 @@ def check_recorded(groups: LayerGroups, state: TrainerState) -> None:
 
 
 def _digests(groups: LayerGroups) -> list[list[str]]:
-    """Return each group's name and a short hash of its parameters' names, bottom to top, as JSON keeps them."""
+    """Return name and a short hash of each group's parameter names, bottom to top; a list, as JSON sorts mappings."""
     return [[group.name, hashlib.sha256("\n".join(group.parameters).encode()).hexdigest()[:12]] for group in groups]
 
 
