@@ -58,7 +58,7 @@ def attach(trainer: Trainer, *, verify_ranks: int = 100) -> None:
     known = cautions(trainer)
     if findings := preflight(trainer):
         raise PreflightError(findings, known)
-    if known:
+    if known and trainer.is_world_process_zero():
         warnings.warn(
             "\n- ".join(["attach(trainer): to know before training:", *known]), PreflightWarning, stacklevel=2
         )

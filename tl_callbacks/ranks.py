@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from tl_callbacks.callbacks import TransferCallback
 from tl_callbacks.dtensors import local, reshard
+from tl_callbacks.losses import loss_parameters
 from tl_callbacks.parameters import parameters_by_name
 from tl_callbacks.sharding import sharding, zero_stage
 
@@ -188,8 +189,10 @@ class VerifyRanks(TransferCallback):
         return sum(callback.transitions for callback in callbacks if isinstance(callback, TransferCallback))
 
     def _compare(self, model: nn.Module, args: TrainingArguments, state: TrainerState) -> None:
+        assert self.trainer is not None
         reshard(model)
-        parameters = _compared(parameters_by_name(model))
+        of_loss = {f"loss: {name}": parameter for name, parameter in loss_parameters(self.trainer).items()}
+        parameters = _compared({**parameters_by_name(model), **of_loss})
         mine = checksums(parameters.values()).to(args.device)
         gathered = mine.new_empty((dist.get_world_size(), *mine.shape))
         dist.all_gather_into_tensor(gathered.view(-1, mine.shape[-1]), mine)
