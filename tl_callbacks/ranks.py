@@ -160,6 +160,13 @@ class VerifyRanks(TransferCallback):
     def __repr__(self) -> str:
         return f"VerifyRanks(every={self.every})"
 
+    def on_attach(self, trainer: Trainer) -> None:
+        """Compare what FSDP2 will shard: it gives no rank the weights of another, as DDP does."""
+        super().on_attach(trainer)
+        if sharding(trainer) == "fsdp2" and not trainer.accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+            assert trainer.model is not None
+            self._compare(trainer.model, trainer.args, trainer.state)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -217,6 +224,6 @@ class VerifyRanks(TransferCallback):
         return (
             f"after step {state.global_step}, {what}; {len(found)} of {len(names)} parameters differ {since}. "
             "Something updates or freezes parameters on one rank alone, such as a callback that writes requires_grad, "
-            "or a parameter outside the wrapper. attach(trainer, verify_ranks=1) finds the step; resume from a "
-            "checkpoint of before."
+            "a parameter outside the wrapper, or new weights under a seed by rank. attach(trainer, verify_ranks=1) "
+            "finds the step; resume from a checkpoint of before."
         )

@@ -242,6 +242,33 @@ def test_a_planted_difference_stops_the_run_with_its_name(name: str, layout: str
     assert [rank["frozen"] for rank in found[:-1]] == [[]] * last, "an error leaves nothing frozen"
 
 
+def test_weights_in_low_precision_open_in_mixed_precision_under_fsdp2(runs: Runs) -> None:
+    first, second = runs.ranks("low precision", "FSDP2")
+    for name in ("plain", "unfreezing"):
+        assert (first[name]["error"], first[name]["step"], first[name]["dtypes"]) == (None, STEPS, ["torch.float32"])
+        assert first[name]["hashes"] == second[name]["hashes"]
+    hashes = first["unfreezing"]["hashes"]
+    for group, opening in {"embeddings": 9, "encoder.layer.1": 3}.items():
+        assert len({step[group] for step in hashes[: opening + 1]}) == 1
+        assert hashes[opening][group] != hashes[opening + 1][group]
+    assert "uniform original parameter dtype" in first["casts_what_trains"]["error"]
+    assert "grad_dtype" in first["renew_precision"]["error"]
+    assert first["casts_what_trains"]["step"] == first["renew_precision"]["step"] == 3, "at the first opening"
+
+
+def test_ranks_that_start_apart_are_found_before_fsdp2_shards_them(runs: Runs) -> None:
+    for rank in runs.ranks("another start", "FSDP2"):
+        assert re.match(r"after step 0, the weights of `bert.embeddings.* differ from the start", rank["error"])
+        assert "under a seed by rank" in rank["error"]
+
+
+@pytest.mark.parametrize("layout", RESUMED)
+def test_a_run_is_not_resumed_onto_other_groups(layout: str, runs: Runs) -> None:
+    for rank in runs.ranks("other groups", layout):
+        assert "other layer groups (first difference: `embeddings` there, `lower` here)" in rank["error"]
+        assert rank["step"] == 2, "before the first step"
+
+
 def test_an_unattached_callback_is_refused_on_several_ranks(runs: Runs) -> None:
     for rank in runs.ranks("unattached"):
         assert "GradualUnfreezing was not attached" in rank["error"]

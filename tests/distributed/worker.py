@@ -44,6 +44,7 @@ from tl_callbacks.unfreezing.reducer import rebuild_reducer
 LAYOUTS = {"1 rank": 1, "2 ranks": 2, "4 ranks": 4, "FSDP2": 2, "HSDP": 4}
 STEPS = 12
 OPENINGS = [3, 6, 9]
+FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}
 RESUMED = ("1 rank", "2 ranks", "FSDP2")
 PLANTED = ("2 ranks", "4 ranks", "HSDP")
 STRENGTH = {"decoupled": 0.05, "penalty": 0.5}
@@ -295,6 +296,14 @@ for _name in MATRIX:
 CELLS["unfreezing, evaluation, no reshard"] = replace(
     CELLS["unfreezing, evaluation"], reshard=nothing, like="unfreezing, evaluation", broken="frozen", layouts=("FSDP2",)
 )
+CELLS["weights read by the first rank"] = Cell(
+    lambda g, n: [unfreezing(g, n), WeightAnchoring(STRENGTH["decoupled"])],
+    {"fsdp_config": {**FSDP2, "cpu_ram_efficient_loading": True}},
+    openings=THREE,
+    seeded_by_rank=True,
+    like="unfreezing and decoupled",
+    layouts=("FSDP2",),
+)
 for _name in ("second training", "decoupled", "own rates, layer-wise decay", "all together"):
     CELLS[_name] = replace(CELLS[_name], layouts=("1 rank", "2 ranks", "FSDP2"))
 
@@ -341,7 +350,7 @@ def shard(layout: str) -> None:
 
     PartialState.__init__ = joined
     SHARDING["fsdp"] = True
-    SHARDING["fsdp_config"] = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}
+    SHARDING["fsdp_config"] = dict(FSDP2)
     if layout == "HSDP":
         SHARDING["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
 
@@ -547,6 +556,16 @@ def low_precision(folder: Path, ranks: int) -> dict[str, Any]:
     return found
 
 
+def another_start(folder: Path, ranks: int) -> dict[str, Any]:
+    """Attach to models that each rank made under a seed of its own, and return the error."""
+    trainer, _ = make(folder, GRADUAL, ranks=ranks, cell=Cell(seeded_by_rank=True))
+    try:
+        attach(trainer)
+    except RuntimeError as raised:
+        return {"error": str(raised)}
+    return {"error": None}
+
+
 def other_groups(folder: Path, ranks: int) -> dict[str, Any]:
     """Resume a run onto other groups, and return the error."""
     found: dict[str, Any] = {"error": None}
@@ -604,6 +623,7 @@ def main(folder: Path, layout: str) -> None:
             write(f"resume{kind}", resume(folder / "runs" / f"resume{kind}", ranks))
     if layout == "FSDP2":
         write("low precision", low_precision(folder / "runs" / "low-precision", ranks))
+        write("another start", another_start(folder / "runs" / "another-start", ranks))
     if layout in RESUMED:
         write("other groups", other_groups(folder / "runs" / "other-groups", ranks))
     if layout in PLANTED:
