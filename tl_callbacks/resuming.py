@@ -68,9 +68,9 @@ def guard_loading(trainer: Trainer) -> None:
     load, load_best = trainer._load_from_checkpoint, trainer._load_best_model
 
     @functools.wraps(load)
-    def guarded(resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load(resume_from_checkpoint, model)
-        load_renamed(trainer.model if model is None else model, resume_from_checkpoint)  # type: ignore[arg-type]
+    def guarded(resume_from_checkpoint: str, *model: nn.Module) -> None:  # sentence-transformers' takes the path alone
+        load(resume_from_checkpoint, *model)
+        load_renamed(model[0] if model else trainer.model, resume_from_checkpoint)  # type: ignore[arg-type]
 
     @functools.wraps(load_best)
     def guarded_best() -> None:
@@ -78,5 +78,5 @@ def guard_loading(trainer: Trainer) -> None:
         if trainer.state.best_model_checkpoint is not None:
             load_renamed(trainer.model, trainer.state.best_model_checkpoint)  # type: ignore[arg-type]
 
-    trainer._load_from_checkpoint = guarded  # type: ignore[method-assign]
+    trainer._load_from_checkpoint = guarded  # type: ignore[method-assign, assignment]
     trainer._load_best_model = guarded_best  # type: ignore[method-assign]

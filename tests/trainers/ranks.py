@@ -1,6 +1,7 @@
 """Trains sentence-transformers' trainer on the ranks that launched it, and writes what each rank had at the end.
 
-Launched by `test_ranks.py`, with torch.distributed.run for two ranks and without for one: `python ranks.py <folder>`.
+Launched by `test_ranks.py`, with torch.distributed.run for two ranks and without for one:
+`python ranks.py <folder> <layout>`.
 """
 
 import os

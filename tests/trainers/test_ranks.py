@@ -13,6 +13,7 @@ from tl_callbacks import LayerGroups
 pytest.importorskip("sentence_transformers", reason="tests of its trainer")
 pytestmark = pytest.mark.distributed
 
+LAYOUTS = ("1 rank", "2 ranks")
 WORKER = Path(__file__).with_name("ranks.py")
 Run = dict[str, Any]
 Weights = dict[str, torch.Tensor]
@@ -22,14 +23,14 @@ Weights = dict[str, torch.Tensor]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process and two ranks wrote."""
     folder = tmp_path_factory.mktemp("ranks")
-    for ranks, layout in ((1, "1 rank"), (2, "2 ranks")):
-        status = launch(folder / str(ranks), layout, worker=WORKER)
-        assert status == 0, (folder / str(ranks) / "log.txt").read_text()[-4000:]
+    for layout in LAYOUTS:
+        status = launch(folder / layout, layout, worker=WORKER)
+        assert status == 0, (folder / layout / "log.txt").read_text()[-4000:]
     return folder
 
 
 def ranks(folder: Path, name: str) -> tuple[Run, Run]:
-    first, second = (torch.load(folder / "2" / f"{name}.{rank}.pt") for rank in (0, 1))
+    first, second = (torch.load(folder / "2 ranks" / f"{name}.{rank}.pt") for rank in (0, 1))
     assert first["wrapper"] == second["wrapper"] == "DistributedDataParallel"
     return first, second
 
@@ -75,11 +76,11 @@ def test_without_the_remedies_the_ranks_drift_apart(folder: Path) -> None:
 
 
 def test_two_ranks_equal_one_process_with_the_same_global_batches(folder: Path) -> None:
-    single = torch.load(folder / "1" / "weights.0.pt")
+    single = torch.load(folder / "1 rank" / "weights.0.pt")
     assert single["wrapper"] == "SentenceTransformer"
 
     def apart(name: str) -> tuple[float, float]:
-        found, expected = ranks(folder, name)[0], torch.load(folder / "1" / f"{name}.0.pt")
+        found, expected = ranks(folder, name)[0], torch.load(folder / "1 rank" / f"{name}.0.pt")
         return (
             deviation(found["model"][-1], expected["model"][-1], expected["model"][0]),
             deviation(found["loss"], expected["loss"], expected["loss start"]),
