@@ -21,6 +21,7 @@ from tl_callbacks import (
     group_layers,
     layerwise_optimizer,
     preview,
+    slanted_triangular,
     staged,
 )
 from tl_callbacks.losses import loss_parameters
@@ -151,13 +152,20 @@ def test_groups_open_in_their_turn_and_the_loss_trains_throughout(loss: str, tmp
     assert_left_as_found(model)
 
 
-@pytest.mark.parametrize("rates", ["own", "staged"])
+@pytest.mark.parametrize("rates", ["slanted", "staged"])
 def test_the_weights_of_a_loss_have_the_rate_of_the_top_group(rates: str, tmp_path: Path) -> None:
     model = embedder(tmp_path)
     groups = group_layers(model)
     made = trainer(tmp_path, model=model)
-    schedule = {"own": at_steps([2, 4]), "staged": staged([(0.5, "all", 0.1)])}[rates]
-    made.add_callback(GradualUnfreezing(groups, schedule, rates="own", keep_frozen=["embeddings"] * (rates == "own")))
+    schedule = {"slanted": at_steps([2, 4]), "staged": staged([(0.5, "all", 0.1)])}[rates]
+    made.add_callback(
+        GradualUnfreezing(
+            groups,
+            schedule,
+            rates="own" if rates == "staged" else slanted_triangular(),
+            keep_frozen=["embeddings"] * (rates == "slanted"),
+        )
+    )
     attach(made)
     made.train()
     logged = [e for e in made.state.log_history if "tl/rate/loss" in e]
