@@ -194,6 +194,7 @@ SCHEDULERS: dict[str, tuple[Callable[[Any], Any], bool]] = {
     "cosine to a floor": (lambda o: CosineAnnealingLR(o, 12, eta_min=1e-3), True),
     "cosine to 0": (lambda o: CosineAnnealingLR(o, 12), False),
     "plateau with a floor": (lambda o: ReduceLROnPlateau(o, min_lr=1e-3), True),
+    "plateau with a floor for each": (lambda o: ReduceLROnPlateau(o, min_lr=[1e-4, 1e-3]), False),
     "a multiple": (lambda o: LambdaLR(o, lambda step: 1.0), False),
 }
 

@@ -101,12 +101,13 @@ def _rates(trainer: Trainer) -> list[str]:
     )
     kind = str(getattr(trainer.args.lr_scheduler_type, "value", trainer.args.lr_scheduler_type))
     kwargs: Any = trainer.args.lr_scheduler_kwargs or {}
-    floor: Any = 0
+    floors: Any = 0
     if scheduler is not None:
-        floor = getattr(scheduler, "eta_min", None) or max(getattr(scheduler, "min_lrs", None) or [0])
+        floors = getattr(scheduler, "eta_min", None) or getattr(scheduler, "min_lrs", 0)
     elif kind in ("reduce_lr_on_plateau", "greedy"):
-        floor = kwargs.get("min_lr", 1e-3 if kind == "greedy" else 0)  # the default of transformers' GreedyLR
-    if len(rates) > 1 and isinstance(floor, float | int) and floor > 0:
+        floors = kwargs.get("min_lr", 1e-3 if kind == "greedy" else 0)  # the default of transformers' GreedyLR
+    floor, *others = set(floors) if isinstance(floors, list | tuple) else {floors}  # a list has one a group
+    if len(rates) > 1 and floor > 0 and not others:
         name = type(scheduler).__name__ if scheduler is not None else f"lr_scheduler_type={kind}"
         found.append(
             f"{name} stops at the same lowest rate, {floor}, in every group, so that groups of different rates become "
