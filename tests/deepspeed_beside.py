@@ -16,11 +16,10 @@ def is_there() -> bool:
     return (FOLDER / "deepspeed").is_dir() or importlib.util.find_spec("deepspeed") is not None
 
 
-def environment(root: Path) -> dict[str, str]:
-    """The environment of a process that trains with DeepSpeed on a CPU."""
+def environment() -> dict[str, str]:
+    """The variables of a process that trains with DeepSpeed on a CPU."""
     return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root), str(FOLDER)]),
+        "PYTHONPATH": os.pathsep.join([str(FOLDER.parents[1]), str(FOLDER)]),
         "DS_ACCELERATOR": "cpu",
         "ACCELERATE_TORCH_DEVICE": "cpu",
     }

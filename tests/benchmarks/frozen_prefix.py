@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
-from tests.benchmarks.launching import two_ranks
 from tests.benchmarks.timing import ROWS, Stop, Stopwatch, arguments, bert, ratios_in_short, rows, segment
+from tests.launching import launch
 from tl_callbacks import GradualUnfreezing, attach, group_layers, staged
 
 STEPS, WARM_UP = 7, 3  # per segment: ours opens at step 1, and DDP sets its buckets anew in the step after
@@ -97,7 +97,9 @@ def frozen_prefix(pairs: int) -> dict[str, Any]:
     """Launch the two ranks and return what the first one measured."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        status = two_ranks(__name__, str(pairs), str(folder / "found"), log=folder / "log", seconds=300 + 30 * pairs)
+        status = launch(
+            "-m", __name__, str(pairs), str(folder / "found"), ranks=2, log=folder / "log", seconds=300 + 30 * pairs
+        )
         if status:
             raise RuntimeError(f"the ranks ended with status {status}:\n{(folder / 'log').read_text()[-4000:]}")
         return json.loads((folder / "found").read_text())

@@ -21,8 +21,8 @@ from torch import nn
 from transformers import Trainer
 
 from tests.benchmarks.frozen_prefix import RANKS, freeze
-from tests.benchmarks.launching import two_ranks
 from tests.benchmarks.timing import ROWS, Stop, Stopwatch, arguments, bert, mean_and_interval, rows, segment
+from tests.launching import launch
 from tl_callbacks.ranks import checksums, differences
 
 STEPS, WARM_UP = 4, 1  # per segment
@@ -93,7 +93,9 @@ def rank_check(rounds: int, check: str = f"{__name__}:compare") -> dict[str, Any
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found = folder / "found"
-        status = two_ranks(__name__, check, str(rounds), str(found), log=folder / "log", seconds=300 + 30 * rounds)
+        status = launch(
+            "-m", __name__, check, str(rounds), str(found), ranks=2, log=folder / "log", seconds=300 + 30 * rounds
+        )
         if status:
             raise RuntimeError(f"the ranks ended with status {status}:\n{(folder / 'log').read_text()[-4000:]}")
         return json.loads(found.read_text())

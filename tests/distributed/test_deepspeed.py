@@ -1,11 +1,7 @@
 """DeepSpeed on one and two ranks: against the same trainings without it, and what is refused."""
 
 import itertools
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,7 @@ import torch
 
 from tests import deepspeed_beside
 from tests.distributed.deepspeed_cells import CELLS, STEPS
-from tests.distributed.ports import free_port
+from tests.launching import launch
 
 pytestmark = [
     pytest.mark.distributed,
@@ -22,7 +18,6 @@ pytestmark = [
     pytest.mark.skipif(not deepspeed_beside.is_there(), reason="DeepSpeed is no dependency; make puts it beside"),
 ]
 
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
 TOLERANCE = 1e-3  # of the distance travelled, in single precision, which is DeepSpeed's
 BROKEN = 0.05
@@ -30,32 +25,25 @@ GRADUAL = [name for name, cell in CELLS.items() if cell.openings]
 RESUMED = [2, 3, 4, 5, 6, 7]
 
 
-def launch(folder: Path, ranks: int) -> int:
-    """Run the worker and return its exit status; what it printed is in log.txt. No ranks: without DeepSpeed."""
-    folder.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, *(launcher if ranks else []), str(WORKER), str(folder)],
-            cwd=ROOT,
-            env=deepspeed_beside.environment(ROOT),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            return process.wait(timeout=900)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return process.wait()
-
-
 class Runs:
     """What the ranks wrote, by cell."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.status = {ranks: launch(folder / str(ranks), ranks) for ranks in (0, 1, 2)}
+        self.status = {ranks: self._train(ranks) for ranks in (0, 1, 2)}
+
+    def _train(self, ranks: int) -> int:
+        """Run the worker; no ranks: without DeepSpeed."""
+        (folder := self.folder / str(ranks)).mkdir()
+        environment = deepspeed_beside.environment()
+        return launch(
+            str(WORKER),
+            str(folder),
+            ranks=ranks or None,
+            log=folder / "log.txt",
+            seconds=900,
+            environment=environment,
+        )
 
     def log(self, ranks: int) -> str:
         return (self.folder / str(ranks) / "log.txt").read_text()

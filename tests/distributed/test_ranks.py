@@ -1,18 +1,13 @@
 """Several ranks: bitwise equal after every step, and equal to one process with the same global batches."""
 
 import itertools
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.distributed.ports import free_port
 from tests.distributed.worker import (
     CELLS,
     FROZEN,
@@ -25,10 +20,10 @@ from tests.distributed.worker import (
     RESUMED,
     STEPS,
 )
+from tests.launching import launch
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")
 TRAINED = [(name, layout) for name, cell in CELLS.items() for layout in cell.trained_by]
 SEVERAL = [(name, layout) for name, layout in TRAINED if layout != "1 rank"]
@@ -41,28 +36,6 @@ RESUMES = [
 ]
 
 
-def launch(folder: Path, layout: str, worker: Path = WORKER) -> int:
-    """Run a worker and return its exit status; what it printed is in log.txt."""
-    folder.mkdir()
-    ranks, launcher = LAYOUTS[layout], []
-    if ranks > 1:
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, *launcher, str(worker), str(folder), layout],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            return process.wait(timeout=600)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return process.wait()
-
-
 class Runs:
     """What the ranks of each layout wrote, by cell. A layout is launched once, when it is first asked for."""
 
@@ -72,7 +45,9 @@ class Runs:
 
     def status(self, layout: str) -> int:
         if layout not in self._status:
-            self._status[layout] = launch(self.folder / layout, layout)
+            (folder := self.folder / layout).mkdir()
+            ranks = LAYOUTS[layout] if LAYOUTS[layout] > 1 else None
+            self._status[layout] = launch(str(WORKER), str(folder), layout, ranks=ranks, log=folder / "log.txt")
         return self._status[layout]
 
     def log(self, layout: str) -> str:
@@ -125,6 +100,7 @@ def test_the_ranks_finish(layout: str, runs: Runs) -> None:
 def test_the_ranks_are_bitwise_equal_after_every_step(name: str, layout: str, runs: Runs) -> None:
     cell, (first, *others) = CELLS[name], runs.ranks(name, layout)
     wrapper = "DistributedDataParallel" if "ranks" in layout else "FSDP"
+    wrapper = "OptimizedModule" if "torch_compile" in cell.overrides else wrapper
     assert all(rank["wrapper"].startswith(wrapper) for rank in (first, *others))
     assert len(trainings(first)) == cell.trains
     assert len(trainings(first)[-1]) == STEPS + 1

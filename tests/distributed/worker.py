@@ -179,6 +179,7 @@ def rebuild_without_hooks(wrapper: Any) -> None:
 
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 REENTRANT = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 EVALUATION = {"eval_strategy": "steps", "eval_steps": 1}
 GRADUAL: Callbacks = lambda g, n: [unfreezing(g, n)]  # noqa: E731
 PENALTY: Callbacks = lambda g, n: [WeightAnchoring(STRENGTH["penalty"], form="penalty")]  # noqa: E731
@@ -200,6 +201,10 @@ CELLS: dict[str, Cell] = {
     "unfreezing, accumulation": Cell(GRADUAL, ACCUMULATION, openings=THREE, like="unfreezing, double batch"),
     "unfreezing, no search for unused": Cell(GRADUAL, {"ddp_find_unused_parameters": False}, openings=THREE),
     "unfreezing, activation checkpointing": Cell(GRADUAL, CHECKPOINTING, openings=THREE),
+    "unfreezing, compiled": Cell(GRADUAL, COMPILED, openings=THREE, like="unfreezing"),
+    "unfreezing, compiled, no rebuild": Cell(
+        GRADUAL, COMPILED, openings=THREE, rebuild=nothing, like="unfreezing", broken="ranks"
+    ),
     "unfreezing, SGD": Cell(GRADUAL, SGD, openings=THREE),
     "unfreezing, evaluation": Cell(GRADUAL, EVALUATION, openings=THREE),
     "own rates, layer-wise decay": Cell(lambda g, n: [unfreezing(g, n, rates="own")], decay=0.7, openings=THREE, lag=1),

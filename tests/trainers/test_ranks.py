@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.test_ranks import launch
+from tests.launching import launch
 from tests.trainers.words import Steps, check_openings
 from tl_callbacks import LayerGroups
 
@@ -24,7 +24,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process and two ranks wrote."""
     folder = tmp_path_factory.mktemp("ranks")
     for layout in LAYOUTS:
-        status = launch(folder / layout, layout, worker=WORKER)
+        (folder / layout).mkdir()
+        ranks = None if layout == "1 rank" else 2
+        status = launch(str(WORKER), str(folder / layout), ranks=ranks, log=folder / layout / "log.txt")
         assert status == 0, (folder / layout / "log.txt").read_text()[-4000:]
     return folder
 

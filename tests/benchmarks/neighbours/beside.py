@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from importlib import metadata
 
-from tests.benchmarks.launching import ROOT
+from tests.launching import ROOT
 
 FOLDER = ROOT / ".venv" / "neighbours"
 PACKAGES = ("lightning", "finetuning-scheduler")

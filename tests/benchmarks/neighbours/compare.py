@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.launching import two_ranks
 from tests.benchmarks.neighbours import beside, script
+from tests.launching import launch
 
 SECONDS = 300  # after which a cell that hangs is ended
 TRAINER = "tests.benchmarks.neighbours.with_trainer"
@@ -75,7 +75,7 @@ def run(module: str, cell: str, seed: int) -> Result:
         folder = Path(name)
         worker = "tests.benchmarks.neighbours.worker"
         log = folder / "log.txt"
-        status = two_ranks(worker, module, cell, str(seed), str(folder), log=log, seconds=SECONDS)
+        status = launch("-m", worker, module, cell, str(seed), str(folder), ranks=2, log=log, seconds=SECONDS)
         files = [folder / f"{rank}.pt" for rank in range(2)]
         if status or not all(file.is_file() for file in files):
             end = log.read_text()[-1000:]
