@@ -24,7 +24,7 @@ def cautions(callback: "GradualUnfreezing", trainer: Trainer) -> list[str]:
             f"reentrant activation checkpointing recomputes and back-propagates through frozen layers. {NON_REENTRANT}"
         )
     lengths = training_lengths(trainer)
-    if lengths is None or unplannable(callback, trainer):
+    if lengths is None or unplannable(callback, lengths):
         return found
     plan = callback.plan(*lengths)
     if args.neftune_noise_alpha and (waits := _noise(callback, plan, trainer)):

@@ -43,7 +43,7 @@ def findings(callback: "GradualUnfreezing", trainer: Trainer) -> list[str]:
             f"lr_scheduler_type={kind} adapts one rate to the loss of what is open; a group that opens later gets "
             "whatever is left of it. Use a scheduler of the step, such as linear, with GradualUnfreezing."
         )
-    found += unplannable(callback, trainer)
+    found += unplannable(callback, training_lengths(trainer))
     if not callback.freezes_nothing():
         found += _frozen_layers(callback, trainer)
     found += rate_frozen.findings(trainer)
@@ -92,9 +92,8 @@ def reentrant(args: TrainingArguments) -> bool:
     return bool(args.activation_checkpointing and kwargs.get("use_reentrant"))
 
 
-def unplannable(callback: "GradualUnfreezing", trainer: Trainer) -> list[str]:
-    """Return why the schedule cannot be applied to this training, as far as its length is known."""
-    lengths = training_lengths(trainer)
+def unplannable(callback: "GradualUnfreezing", lengths: tuple[int, int | None] | None) -> list[str]:
+    """Return why the schedule cannot be applied to a training of these lengths, None where they are not known."""
     try:
         if lengths is not None:
             callback.plan(*lengths)
