@@ -506,7 +506,7 @@ FROZEN = "bert.embeddings.word_embeddings.weight"
 PLANTS: dict[str, tuple[Callable[[dict[str, nn.Parameter]], None], int, int, int | None]] = {
     "a frozen weight, at the interval": (flip(FROZEN), 1, 2, 2),
     "a frozen weight, at the next transition": (flip(FROZEN), 1, 100, 4),
-    "an open weight": (flip(HEAD), 4, 5, 5),
+    "an open weight": (flip(HEAD), 5, 3, 6),
     "what trains": (freeze, 4, 1, 4),
     "the control: nobody looks": (flip(FROZEN), 1, 0, None),
 }
