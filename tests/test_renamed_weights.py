@@ -37,6 +37,7 @@ def make(name: str, folder: Path, **overrides: Any) -> Trainer:
     return trainer
 
 
+@pytest.mark.filterwarnings("ignore::tl_callbacks.PreflightWarning")  # some have more groups than steps
 @pytest.mark.filterwarnings("ignore::tl_callbacks.NoEffectWarning")  # a schedule that does not come to its end
 @pytest.mark.parametrize("guarded", [True, False])
 @pytest.mark.parametrize("name", marked(sorted(RENAMED), quick=("ViT", "Mixtral")))

@@ -40,9 +40,10 @@ def guard_train(trainer: Trainer) -> None:
                 )
         elif isinstance(resume_from_checkpoint, str) and lacks_optimizer(resume_from_checkpoint):
             warnings.warn(
-                f"`{resume_from_checkpoint}` holds no optimizer, as save_only_model=True leaves it out: the moments "
-                "and the learning rate start anew while the steps and the openings go on, which is another run than "
-                "an uninterrupted one. Resume from a whole checkpoint, or train from its weights without resuming.",
+                f"`{resume_from_checkpoint}` holds no optimizer: save_only_model=True leaves it out, and so does a run "
+                "that is killed while it saves. The moments and the learning rate start anew while the steps and the "
+                "openings go on, which is another run than an uninterrupted one. Resume from a whole checkpoint, or "
+                "train from its weights without resuming.",
                 UserWarning,
                 stacklevel=2,
             )
