@@ -231,7 +231,7 @@ def test_weights_alone_are_no_checkpoint_to_resume_from(anchored: bool, tmp_path
     with pytest.raises(ValueError, match=r"no checkpoint .*save_only_model=True writes weights alone"):
         made().train(resume_from_checkpoint=True)
     trainer = made()
-    with pytest.warns(UserWarning, match=r"checkpoint-3` holds no optimizer, as save_only_model=True leaves it out"):
+    with pytest.warns(UserWarning, match=r"checkpoint-3` holds no optimizer: save_only_model=True leaves it out"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert [event["step"] for event in read(trainer.state.log_history, "opening")] == [0, *OPENINGS]
     assert trainer.state.global_step == 12
