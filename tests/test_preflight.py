@@ -158,6 +158,7 @@ def plateau(floor: float) -> dict[str, Any]:
         (plateau(2e-3), 0.5, r"lr_scheduler_type=reduce_lr_on_plateau stops at the same lowest rate, 0.002, in every"),
         (plateau(2e-3), 1.0, None),
         (plateau(0.0), 0.5, None),
+        ({**PLATEAU, "lr_scheduler_kwargs": {"min_lr": None}}, 0.5, None),
         ({**PLATEAU, "lr_scheduler_type": "greedy", "lr_scheduler_kwargs": {}}, 0.5, "lowest rate, 0.001"),
         ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 2e-3}}, 0.5, None),
     ],

@@ -106,7 +106,7 @@ def _rates(trainer: Trainer) -> list[str]:
         floors = getattr(scheduler, "eta_min", None) or getattr(scheduler, "min_lrs", 0)
     elif kind in ("reduce_lr_on_plateau", "greedy"):
         floors = kwargs.get("min_lr", 1e-3 if kind == "greedy" else 0)  # the default of transformers' GreedyLR
-    floor, *others = set(floors) if isinstance(floors, list | tuple) else {floors}  # a list has one a group
+    floor, *others = set(floors) if isinstance(floors, list | tuple) else {floors or 0}  # a list has one a group
     if len(rates) > 1 and floor > 0 and not others:
         name = type(scheduler).__name__ if scheduler is not None else f"lr_scheduler_type={kind}"
         found.append(
