@@ -25,7 +25,7 @@ from tl_callbacks import (
     preview,
 )
 
-SCHEMA = json.loads((Path(tl_callbacks.__file__).parent / "recipe.schema.json").read_text())
+SCHEMA = json.loads((Path(__file__).parent.parent / "hub_cards" / "run.schema.json").read_text())
 
 
 def recipe(folder: Path) -> dict[str, Any]:
