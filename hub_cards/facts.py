@@ -263,7 +263,7 @@ def _data(recipe: Mapping[str, Any]) -> Data | None:
     if not data and not seen:
         return None
     name = data.get("name")
-    local = data.get("local", name is None or not is_repo_id(name))
+    local = data.get("local", True)  # never a Hub id by guessing
     splits = data.get("splits") or seen
     return Data(
         name=last_part(name) if name and local else name,
