@@ -9,7 +9,7 @@ import yaml
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n?^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 REPO_ID = re.compile(r"(?!.*(--|\.\.))([A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_]([\w.-]*\w)?", re.ASCII)
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
-LICENCES = frozenset(
+_LICENCES = (
     "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m"
     " afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0"
     " cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0"
@@ -18,8 +18,9 @@ LICENCES = frozenset(
     " gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl"
     " apple-amlr mpl-2.0 odc-by odbl openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl"
     " lgpl-lr deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3"
-    " llama4 grok2-community gemma unknown other".split()
+    " llama4 grok2-community gemma unknown other"
 )
+LICENCES = frozenset(_LICENCES.split())
 
 
 def metadata(readme: str) -> object:
@@ -52,17 +53,14 @@ def validate(readme: str) -> tuple[list[str], list[str]]:
     each("base_model", is_repo_id, "Use a model id from https://hf.co/models.")
     each("datasets", is_repo_id, "Use a dataset id from https://hf.co/datasets.")
     each("license", lambda value: value in LICENCES, "Use a license identifier of https://hf.co/docs/hub/licenses.")
-    each("language", lambda value: isinstance(value, str) and re.fullmatch("[a-z]{2,3}(-[a-zA-Z]{2,8})*|code|multilingual", value)
-         is not None, "It must be an ISO 639-1, 639-2 or 639-3 code, or a special value.")  # fmt: skip
-    for key in ("widget", "tags", "model-index"):
-        if key in data and not isinstance(data[key], list):
-            errors.append(f'"{key}" must be an array')
-    for key in ("library_name", "pipeline_tag", "license_name", "base_model_relation"):
-        if key in data and not isinstance(data[key], str):
-            errors.append(f'"{key}" must be a string')
+    each("language", _is_language, "It must be an ISO 639-1, 639-2 or 639-3 code, or a special value.")
+    arrays, strings = ("widget", "tags", "model-index"), ("library_name", "pipeline_tag", "license_name")
+    errors += [f'"{key}" must be an array' for key in arrays if key in data and not isinstance(data[key], list)]
+    errors += [f'"{key}" must be a string' for key in strings if key in data and not isinstance(data[key], str)]
     for key in ("tags", "metrics"):
-        errors += [f'"{key}[{n}]" must be a string' for n, tag in enumerate(_list(data.get(key))) if not isinstance(tag, str)]
-    if isinstance(relation := data.get("base_model_relation"), str) and relation not in RELATIONS:
+        values = enumerate(_list(data.get(key)))
+        errors += [f'"{key}[{n}]" must be a string' for n, value in values if not isinstance(value, str)]
+    if data.get("base_model_relation", RELATIONS[0]) not in RELATIONS:
         errors.append(f'"base_model_relation" must be one of {list(RELATIONS)}')
     errors += [error for n, entry in enumerate(_list(data.get("model-index"))) for error in _index_errors(n, entry)]
     try:
@@ -70,6 +68,10 @@ def validate(readme: str) -> tuple[list[str], list[str]]:
     except ValueError:
         errors.append("metadata holds a number that is not finite")
     return errors, []
+
+
+def _is_language(value: object) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch("[a-z]{2,3}(-[a-zA-Z]{2,8})*|code|multilingual", value))
 
 
 def is_repo_id(value: object) -> bool:
@@ -108,7 +110,7 @@ def relation(data: dict[str, object], paths: set[str]) -> str:
 
 
 def tags(data: dict[str, object], paths: set[str], config: dict[str, object]) -> list[str]:
-    """The tags of a model, in the Hub's order: library, formats, architecture, task, the card's own, then `key:value`."""
+    """The tags of a model in the Hub's order: library, format, architecture, task, its own, `key:value`."""
     found = [data.get("library_name")]
     found += ["safetensors"] if any(path.endswith(".safetensors") for path in paths) else []
     found += [config.get("model_type"), data.get("pipeline_tag")]

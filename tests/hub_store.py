@@ -10,20 +10,21 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 LFS_OVER = 10_000_000  # bytes: the Hub keeps larger files in LFS whatever they are called
-LFS_PATTERNS = tuple(
+_LFS_PATTERNS = (
     "*.7z *.arrow *.bin *.bz2 *.ckpt *.ftz *.gz *.h5 *.joblib *.mlmodel *.model *.msgpack *.npy *.npz *.onnx *.ot"
     " *.parquet *.pb *.pickle *.pkl *.pt *.pth *.rar *.safetensors *.tar *.tflite *.tgz *.wasm *.xz *.zip *.zst"
-    " *tfevents*".split()
+    " *tfevents*"
 )
+LFS_PATTERNS = tuple(_LFS_PATTERNS.split())
 GIT_ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS).encode()
 
 
 class HubError(Exception):
     """An answer that is no success: a status, the Hub's error code and a message."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, body: Mapping[str, object] = {}):  # noqa: B006
+    def __init__(self, status: int, message: str, code: str | None = None, body: Mapping[str, object] | None = None):
         super().__init__(message)
-        self.status, self.message, self.code, self.body = status, message, code, {"error": message, **body}
+        self.status, self.message, self.code, self.body = status, message, code, {"error": message, **(body or {})}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class File:
     lfs: bool
     oid: str
     xet: str | None = None
+
+    @property
+    def pointer(self) -> dict[str, int]:
+        return {"size": self.size, "pointerSize": len(lfs_pointer(self.sha256, self.size))}
 
     @property
     def etag(self) -> str:
@@ -137,7 +142,7 @@ class Token:
 
 
 class Store:
-    """Users, tokens, repositories and blobs, in memory. Its clock moves by one second per event: runs repeat exactly."""
+    """Users, tokens, repositories and blobs, in memory. Its clock moves a second per event, so runs repeat."""
 
     def __init__(self) -> None:
         self.users: dict[str, list[str]] = {}  # name -> the organisations the user belongs to
@@ -208,8 +213,15 @@ class Store:
         return File(sha256, real, True, git_blob(lfs_pointer(sha256, real)), xet)
 
     def commit(
-        self, repo: Repo, ref: str, files: dict[str, File], author: str, title: str, message: str = "", squash: bool = False
-    ) -> Commit:  # fmt: skip
+        self,
+        repo: Repo,
+        ref: str,
+        files: dict[str, File],
+        author: str,
+        title: str,
+        message: str = "",
+        squash: bool = False,
+    ) -> Commit:
         """Moves `ref` to a new commit with exactly these files."""
         parent = None if squash else repo.refs.get(ref)
         date = self.now()
@@ -221,7 +233,8 @@ class Store:
 
     def merge(self, repo: Repo, pull: Discussion, author: str) -> Commit:
         """Applies to main what the pull request changed since it was opened."""
-        assert pull.base is not None and pull.ref is not None
+        assert pull.base is not None
+        assert pull.ref is not None
         base, head = repo.commits[pull.base].files, repo.at(pull.ref).files
         files = {path: file for path, file in repo.at("main").files.items() if path in head or path not in base}
         files |= {path: file for path, file in head.items() if base.get(path) != file}
