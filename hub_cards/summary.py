@@ -112,7 +112,7 @@ def _comparison(facts: RunFacts) -> dict[str, Any] | None:
             return "–"
         spec = f"{sign}.{2 if scale == 100 else 4}f"
         mean, low, high = (format(scale * value[key], spec) for key in ("mean", "low", "high"))
-        return f"{mean} [{low}, {high}]"
+        return Markdown(f"{mean} [{low}, {high}]")
 
     rows = [
         {

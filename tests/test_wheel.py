@@ -32,7 +32,11 @@ def test_the_wheel_holds_the_package_and_the_readmes_lines_run_from_it(tmp_path:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"tl_callbacks/__init__.py", "tl_callbacks/py.typed", "hub_cards/run.schema.json"} <= set(names)
-    assert {name.split("/")[0] for name in names} == {"hub_cards", "tl_callbacks", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
+    assert {name.split("/")[0] for name in names} == {
+        "hub_cards",
+        "tl_callbacks",
+        wheel.name.rsplit("-", 3)[0] + ".dist-info",
+    }
     target = tmp_path / "installed"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
     subprocess.run(install, check=True)
