@@ -13,9 +13,10 @@ MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__
 
 # Ground, methods, roof: each layer imports what is below it only, and methods not each other.
 GROUND = {"errors", "events", "names", "tables", "groups", "parameters", "frozen", "discovery", "timm_layers"}
-GROUND |= {"callbacks", "checkpoints", "dtensors", "losses", "sharding"}
+GROUND |= {"callbacks", "checkpoints", "dtensors", "fingerprints", "losses", "sharding"}
 METHODS = {"layerwise", "unfreezing", "anchoring"}
 ROOF = {"preflight", "loss_scale", "recorder", "attach", "bundles", "strategies", "previewing", "ranks", "resuming"}
+ROOF |= {"costs", "identity", "invocation"}
 
 
 def imports(path: Path) -> list[tuple[str, ast.stmt]]:

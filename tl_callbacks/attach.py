@@ -9,6 +9,7 @@ from tl_callbacks.errors import PreflightWarning
 from tl_callbacks.frozen.eval_mode import release
 from tl_callbacks.frozen.state import set_frozen
 from tl_callbacks.groups import LayerGroups
+from tl_callbacks.identity import pin
 from tl_callbacks.layerwise.factory import layerwise_optimizer, refusal
 from tl_callbacks.losses import LossWeights, loss_module
 from tl_callbacks.preflight import PreflightError, cautions, factory_of, our_callbacks, preflight
@@ -19,7 +20,7 @@ from tl_callbacks.sharding import factory_findings
 from tl_callbacks.unfreezing.callback import GradualUnfreezing
 
 
-def attach(trainer: Trainer, *, verify_ranks: int = 100) -> None:
+def attach(trainer: Trainer, *, verify_ranks: int = 100, base_revision: str | None = None) -> None:
     """Check a trainer's set-up and give this package's callbacks what the Trainer does not hand to callbacks.
 
     Call it once, after the Trainer was made and before `train()`. It
@@ -27,7 +28,7 @@ def attach(trainer: Trainer, *, verify_ranks: int = 100) -> None:
     - raises if anything is wrong, with all findings at once, and warns of what should be known beforehand;
     - lends the trainer to the callbacks and to the optimizer factory, and gives the Trainer a neutral factory (its own
       optimizer, with one named group per layer group) where it has none;
-    - adds a recorder, which writes `recipe.json` and logs the rate of every group;
+    - adds a recorder, which takes the weights' fingerprint, writes `recipe.json` and logs the rate of every group;
     - on several ranks compares their weights, bit for bit, after each transition and every `verify_ranks` steps;
     - makes `train(resume_from_checkpoint=True)` take the last checkpoint that was written to its end, and say which one
       that is where a newer one was not;
@@ -37,11 +38,15 @@ def attach(trainer: Trainer, *, verify_ranks: int = 100) -> None:
     Args:
         trainer: the Trainer, with our callbacks or without.
         verify_ranks: optimizer steps between two comparisons of the ranks' weights; 0: none.
+        base_revision: sha of the commit on the Hub that the pretrained weights were loaded from, for `recipe.json` and
+            for the adapters' own configuration, which names none by itself. None: what can be known without it, that
+            is the commit that an adapter names, or the only one that is in the local cache.
 
     Raises:
         PreflightError: a ValueError that lists every finding.
         TypeError: it is no `transformers.Trainer`, such as SetFit's trainer, which has one as `st_trainer`.
-        ValueError: `verify_ranks` is no whole number of 0 or more.
+        ValueError: `verify_ranks` is no whole number of 0 or more; `base_revision` is no sha, or not the one that an
+            adapter names.
 
     Example:
         >>> import tempfile
@@ -63,6 +68,8 @@ def attach(trainer: Trainer, *, verify_ranks: int = 100) -> None:
             "\n- ".join(["attach(trainer): to know before training:", *known]), PreflightWarning, stacklevel=2
         )
     assert trainer.model is not None
+    if base_revision is not None:
+        pin(trainer.model, base_revision)
     # What an earlier run that was stopped without attach left frozen; the callbacks of this one freeze their own.
     release(trainer.model)
     set_frozen(trainer.model, frozenset())
@@ -82,6 +89,8 @@ def attach(trainer: Trainer, *, verify_ranks: int = 100) -> None:
         guard_train(trainer)
         guard_loading(trainer)
     for callback in our_callbacks(trainer):
+        if isinstance(callback, Recorder) and base_revision is not None:
+            callback.base_revision = base_revision
         callback.on_attach(trainer)
 
 

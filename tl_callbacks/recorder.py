@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from tl_callbacks.callbacks import TransferCallback, as_json
+from tl_callbacks.costs import Meter
 from tl_callbacks.discovery.order import watch_order
-from tl_callbacks.frozen.state import openable
 from tl_callbacks.groups import LayerGroups
+from tl_callbacks.identity import data_facts, model_facts, origin
+from tl_callbacks.invocation import command, commit
 from tl_callbacks.layerwise.factory import record_groups
-from tl_callbacks.parameters import parameters_by_name, true_size
 
 SCHEMA_VERSION = 1
 RECIPE_NAME = "recipe.json"
@@ -60,8 +61,9 @@ def add_to_recipe(output_dir: str | Path, **facts: Any) -> None:
 class Recorder(TransferCallback):
     """Writes `recipe.json` when training begins and ends, logs all rates, and stops at a loss that is no number.
 
-    `attach` adds it. Rates are read from the optimizer right after the step that used them. In the first forward it
-    checks the order of the groups.
+    `attach` adds it, and then it takes the fingerprint of the weights that training starts from, which a resumed run
+    has before its checkpoint is loaded. Rates are read from the optimizer right after the step that used them. In the
+    first forward it checks the order of the groups.
 
     Args:
         groups: the layer groups of the optimizer.
@@ -72,21 +74,47 @@ class Recorder(TransferCallback):
         Recorder(methods=[])
     """
 
-    KEYS = ("schema_version", "status", "model", "groups", "methods", "training_arguments", "versions", "training")
+    KEYS = (
+        "schema_version", "status", "model", "groups", "methods", "training_arguments", "versions", "training",
+        "datasets", "command", "commit",
+    )  # fmt: skip
+
+    base_revision: str | None = None
+    """The commit of the pretrained model on the Hub, where the script knows it."""
 
     def __init__(self, groups: LayerGroups | None, methods: Mapping[str, Any]) -> None:
         self.groups = groups
         self.methods = dict(methods)
+        self._origin: dict[str, Any] | None = None
+        self._invocation: dict[str, Any] = {}
+        self._meter = Meter(0)
         self._rates: dict[str, float] = {}
         self._stop_watching: Callable[[], None] = lambda: None
 
     def __repr__(self) -> str:
         return f"Recorder(methods={list(self.methods)})"
 
+    def on_attach(self, trainer: Trainer) -> None:
+        """Take the fingerprint of the weights, once: a second `attach` may come after a training."""
+        super().on_attach(trainer)
+        if self._origin is None and trainer.model is not None:
+            self._origin = self._start(trainer.model, hashed=trainer.is_world_process_zero())
+
+    def before_optimizer_load(self, model: nn.Module, state: TrainerState) -> None:
+        """Take it of the model that `model_init` has just made for a fresh training."""
+        if state.global_step == 0 and self.trainer is not None and self.trainer.model_init is not None:
+            anew = self._start(model, hashed=state.is_world_process_zero)
+            if anew["fingerprint"] is not None or self._origin is None:  # sharded by now: the one before, made alike
+                self._origin = anew
+
+    def _start(self, model: nn.Module, *, hashed: bool) -> dict[str, Any]:
+        return origin(model, self.groups, self.base_revision, hashed=hashed)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write what is known before step 1, and watch in which order the first forward uses the groups."""
+        self._meter = Meter(state.global_step)
         self._write(args, state, kwargs["model"], "running")
         if self.groups:
             record_groups(self.groups, state)
@@ -129,20 +157,26 @@ class Recorder(TransferCallback):
         if path.is_file():
             added = {key: value for key, value in json.loads(path.read_text()).items() if key not in self.KEYS}
             if status == "running" and state.global_step == 0:
-                added.pop("results", None)  # of an earlier run in the same folder
+                for key in ("results", "comparison"):  # of an earlier run in the same folder
+                    added.pop(key, None)
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._invocation = self._invocation or {"command": command(), "commit": commit()}
         _write(path, {**self._recipe(args, state, model, status), **added})
 
     def _recipe(self, args: TrainingArguments, state: TrainerState, model: nn.Module, status: str) -> dict[str, Any]:
+        started = self._origin or self._start(model, hashed=False)
+        cost = {"cost": self._meter.read(args)} if status == "finished" else {}
         return {
             "schema_version": SCHEMA_VERSION,
             "status": status,
-            "model": _model_facts(model),
+            "model": {**started, **model_facts(model)},
             "groups": json.loads(self.groups.to_json()) if self.groups else None,
             "methods": {name: as_json(dict(method.facts())) for name, method in self.methods.items()},
             "training_arguments": {key: as_json(value) for key, value in cast(Any, args).to_dict().items()},
             "versions": {"python": platform.python_version(), **_versions()},
-            "training": {"global_step": state.global_step, "max_steps": state.max_steps},
+            "training": {"global_step": state.global_step, "max_steps": state.max_steps, **cost},
+            "datasets": data_facts(self.trainer) if self.trainer is not None else {},
+            **self._invocation,
         }
 
 
@@ -155,19 +189,6 @@ def _check_finite(logs: Mapping[str, float], args: TrainingArguments, state: Tra
             f"learning_rate ({args.learning_rate}), add warm-up, or look for empty or broken inputs; the last "
             "checkpoint in output_dir is from before, if one was saved."
         )
-
-
-def _model_facts(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
-    adapters = getattr(model, "peft_config", None)
-    return {
-        "class": type(model).__name__,
-        "name_or_path": getattr(config, "_name_or_path", None) or None,
-        "revision": getattr(config, "_commit_hash", None),
-        "num_parameters": sum(true_size(parameter) for parameter in parameters_by_name(model).values()),
-        "trainable_parameters": sum(parameter.numel() for parameter in openable(model).values()),
-        "adapters": {n: as_json(c.to_dict()) for n, c in adapters.items()} if adapters else None,
-    }
 
 
 def _versions() -> dict[str, str]:
