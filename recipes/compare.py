@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -30,7 +31,9 @@ import torch
 from arguments import parse
 from datasets import Dataset, disable_progress_bars, load_from_disk
 from docstrings import draw, load_docstrings
+from fingerprints import split_facts
 from report import ROWS, make_report, to_markdown, write_report
+from revisions import resolved
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -79,6 +82,7 @@ def main(comparison: Comparison) -> dict[str, Any]:
     quieten()
     folder = Path(comparison.output_dir)
     model = comparison.model_name_or_path or packaged_model()
+    revision = resolved(model)
     data = folder / "data"
     splits = load_docstrings(test_per_class=54)
     splits.save_to_disk(data)
@@ -89,7 +93,7 @@ def main(comparison: Comparison) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     runs = []
     with ProcessPoolExecutor(comparison.num_processes, mp_context=context) as pool:
-        jobs = {pool.submit(run, job, model, str(folder), comparison.max_seq_length): job for job in grid}
+        jobs = {pool.submit(run, job, model, revision, str(folder), comparison.max_seq_length): job for job in grid}
         for done, job in enumerate(as_completed(jobs), 1):
             runs.append(job.result())
             row, n, seed = jobs[job]
@@ -105,6 +109,9 @@ def main(comparison: Comparison) -> dict[str, Any]:
         seconds=round(time.perf_counter() - started, 1),
     )  # fmt: skip
     write_report(report, folder)
+    for one in runs:
+        if one["recipe"] is not None:
+            add_to_recipe(one["recipe"], comparison=comparison_facts(report, one))
     print("\n" + to_markdown(report))
     return report
 
@@ -128,7 +135,9 @@ def packaged_model() -> str:
     return str(get_model_path())
 
 
-def run(job: tuple[str, int, int], model: str, folder: str, max_seq_length: int) -> dict[str, Any]:
+def run(
+    job: tuple[str, int, int], model: str, revision: str | None, folder: str, max_seq_length: int
+) -> dict[str, Any]:
     """Run one cell of the grid in this process and return its row of facts."""
     row, n, seed = job
     torch.set_num_threads(1)
@@ -137,7 +146,8 @@ def run(job: tuple[str, int, int], model: str, folder: str, max_seq_length: int)
     train, test = draw(splits["train"], n, seed), splits["test"]
     if row == "tfidf":
         return {"row": row, "n": n, "seed": seed, **bag_of_words(train, test, seed)}
-    facts = fine_tune(row, train, test, seed, model, str(Path(folder) / f"{row}-{n}-{seed}"), max_seq_length)
+    own = str(Path(folder) / f"{row}-{n}-{seed}")
+    facts = fine_tune(row, train, test, seed, model, revision, own, max_seq_length)
     return {"row": row, "n": n, "seed": seed, **facts}
 
 
@@ -152,17 +162,17 @@ def bag_of_words(train: Dataset, test: Dataset, seed: int) -> dict[str, Any]:
 
 
 def fine_tune(
-    row: str, train: Dataset, test: Dataset, seed: int, model: str, folder: str, max_seq_length: int
+    row: str, train: Dataset, test: Dataset, seed: int, model: str, revision: str | None, folder: str, max_length: int
 ) -> dict[str, Any]:
     """Adapt the model by the row's strategy and return its facts; the run's files stay in `folder`."""
     strategy, options, rate, batch_size, steps = SETTINGS[row]
     names = train.features["label"].names
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main")
 
     def tokenized(rows: Dataset) -> Dataset:
         encoded = rows.map(
             lambda batch: {
-                **tokenizer(batch["text"], truncation=True, max_length=max_seq_length),
+                **tokenizer(batch["text"], truncation=True, max_length=max_length),
                 "labels": batch["label"],
             },
             batched=True,
@@ -191,7 +201,7 @@ def fine_tune(
     )
     set_seed(seed)
     network = AutoModelForSequenceClassification.from_pretrained(
-        model, num_labels=len(names), ignore_mismatched_sizes=True
+        model, revision=revision or "main", num_labels=len(names), ignore_mismatched_sizes=True
     )
     if ignores_item_count(network):
         network.accepts_loss_kwargs = False  # as recipes/text_classification.py says; before adapters
@@ -199,7 +209,7 @@ def fine_tune(
         network = adapt(network, args, "scratch")["model"]
     keywords = adapt(network, args, strategy, **options)
     trainer = Trainer(args=args, train_dataset=tokenized(train), processing_class=tokenizer, **keywords)
-    attach(trainer)
+    attach(trainer, base_revision=revision)
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
         trainer.train()
         # Only random weights must have fitted the training texts for the comparison to be fair.
@@ -216,10 +226,38 @@ def fine_tune(
         loss=loss,
         folder=folder,
     )
-    data = {"name": "docstrings", "labels": names, "train_texts": train.num_rows}
-    results = {"test": {"accuracy": facts["accuracy"]}}
-    add_to_recipe(folder, task="text-classification", data=data, results=results)
+    columns = {"text": "text", "label": "label"}
+    parts = {name: split_facts(rows, columns, name) for name, rows in (("train", train), ("test", test))}
+    add_to_recipe(
+        folder,
+        task="text-classification",
+        data={"name": "docstrings", "local": True, "labels": names, "columns": columns, "splits": parts},
+        preprocessing={"max_length": max_length},
+        results={"test": {"accuracy": facts["accuracy"]}},
+    )
     return facts
+
+
+def comparison_facts(report: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run's `recipe.json` says of the rows beside it, with as many labels."""
+    count = next(count for count in report["label_counts"] if count["n"] == run["n"])
+    kept = ("row", "label", "gain", "trainable_share", "cpu_seconds", "steps", "converged")
+    return {
+        "row": run["row"],
+        "n": run["n"],
+        "seeds": count["seeds"],
+        "metric": "accuracy",
+        "split": "test",
+        "test_items": len(run["correct"]),
+        "level": report["method"]["level"],
+        "note": count["note"],
+        "command": report["meta"]["command"],
+        "rows": [
+            {**{key: one[key] for key in kept}, "value": one["accuracy"], "values": one["accuracies"]}
+            for one in count["rows"]
+        ],
+        **{key: {part: count[key][part] for part in ("outcome", "sentence")} for key in ("transfer", "adaptation")},
+    }
 
 
 def _trainable_share(trainer: Trainer) -> float:

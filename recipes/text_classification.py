@@ -8,7 +8,8 @@ and at which rates, and stops. `--resume_from_checkpoint last` goes on from the 
 """
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import evaluate
 import numpy as np
 from arguments import parse
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from fingerprints import split_facts
+from revisions import resolved
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -31,6 +34,8 @@ from transformers import (
 from tl_callbacks import adapt, add_to_recipe, attach, closest, ignores_item_count, preview
 
 METRICS = Path(__file__).parent / "metrics"
+# What the Trainer reports beside the metrics.
+RUNTIME = ("runtime", "samples_per_second", "steps_per_second", "jit_compilation_time", "model_preparation_time")
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -41,6 +46,7 @@ class Recipe:
     model_name_or_path: str = field(default="", metadata={"help": "Hub id or local folder of the pretrained model"})
     model_revision: str = field(default="main", metadata={"help": "branch, tag or commit of a Hub model"})
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id of a data set"})
+    dataset_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub data set"})
     dataset_config_name: str | None = field(default=None, metadata={"help": "its configuration"})
     train_file: str | None = field(default=None, metadata={"help": "CSV, TSV, JSON, JSON Lines or Parquet file"})
     validation_file: str | None = field(default=None, metadata={"help": "the same for evaluation"})
@@ -65,6 +71,11 @@ class Recipe:
 def main(recipe: Recipe, args: TrainingArguments) -> None:
     """Train, evaluate, and leave model, `trainer_state.json` and `recipe.json` in `args.output_dir`."""
     set_seed(args.seed)
+    # Once, so that tokenizer, configuration and weights are of one commit, and the data of one.
+    revision = resolved(recipe.model_name_or_path, recipe.model_revision)
+    recipe.model_revision = revision or recipe.model_revision
+    if recipe.dataset_name is not None:
+        recipe.dataset_revision = resolved(recipe.dataset_name, recipe.dataset_revision, repo_type="dataset")
     splits = load_splits(recipe, args.seed)
     names = splits["train"].features[recipe.label_column_name].names
     tokenizer = AutoTokenizer.from_pretrained(recipe.model_name_or_path, revision=recipe.model_revision)
@@ -79,7 +90,7 @@ def main(recipe: Recipe, args: TrainingArguments) -> None:
         compute_metrics=compute_metrics(),
         **adapt(model, args, recipe.strategy, **(recipe.strategy_options or {})),
     )
-    attach(trainer)
+    attach(trainer, base_revision=revision)
     if recipe.dry_run:
         if trainer.is_world_process_zero():
             print(preview(trainer))
@@ -90,8 +101,13 @@ def main(recipe: Recipe, args: TrainingArguments) -> None:
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        data = data_facts(splits, recipe, names)
-        add_to_recipe(args.output_dir, task="text-classification", data=data, results={"validation": results})
+        add_to_recipe(
+            args.output_dir,
+            task="text-classification",
+            data=data_facts(splits, recipe, names),
+            preprocessing=preprocessing_facts(splits, recipe, args.seed),
+            results={"validation": metrics_of(results)},
+        )
 
 
 def load_splits(recipe: Recipe, seed: int) -> DatasetDict:
@@ -106,7 +122,7 @@ def load_splits(recipe: Recipe, seed: int) -> DatasetDict:
         kwargs = {"sep": "\t"} if suffix == ".tsv" else {}
         splits = load_dataset(READERS[suffix], data_files=files, **kwargs)
     else:
-        splits = load_dataset(recipe.dataset_name, recipe.dataset_config_name)
+        splits = load_dataset(recipe.dataset_name, recipe.dataset_config_name, revision=recipe.dataset_revision)
     for column in (recipe.text_column_name, recipe.label_column_name):
         if column not in splits["train"].column_names:
             near = closest(column, splits["train"].column_names)
@@ -190,14 +206,33 @@ def compute_metrics() -> Callable[[EvalPrediction], dict[str, float]]:
     return compute
 
 
+def metrics_of(results: Mapping[str, float]) -> dict[str, float]:
+    """Return the finite metrics of an evaluation by name, without the figures of its speed."""
+    named = {name.removeprefix("eval_"): float(value) for name, value in results.items() if name.startswith("eval_")}
+    return {name: value for name, value in named.items() if name not in RUNTIME and math.isfinite(value)}
+
+
 def data_facts(splits: DatasetDict, recipe: Recipe, names: list[str]) -> dict[str, Any]:
     """Return what `recipe.json` says of the data."""
+    columns = {"text": recipe.text_column_name, "label": recipe.label_column_name}
+    local = recipe.dataset_name is None or Path(recipe.dataset_name).exists()
     return {
-        "name": recipe.dataset_name or Path(str(recipe.train_file)).name,
+        "name": Path(str(recipe.train_file or recipe.dataset_name)).name if local else recipe.dataset_name,
         "config": recipe.dataset_config_name,
+        "local": local,
+        "revision": recipe.dataset_revision,
         "labels": names,
-        "splits": {n: {"rows": rows.num_rows, "fingerprint": rows._fingerprint} for n, rows in splits.items()},
+        "columns": columns,
+        "splits": {name: split_facts(rows, columns, str(rows.split)) for name, rows in splits.items()},
     }
+
+
+def preprocessing_facts(splits: DatasetDict, recipe: Recipe, seed: int) -> dict[str, Any]:
+    """Return what an evaluation on the same rows needs besides the data."""
+    facts: dict[str, Any] = {"max_length": recipe.max_seq_length}
+    if str(splits["validation"].split) == "train":  # held out, see `load_splits`
+        facts |= {"validation_split_percentage": recipe.validation_split_percentage, "split_seed": seed}
+    return facts
 
 
 if __name__ == "__main__":

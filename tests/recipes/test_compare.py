@@ -63,9 +63,24 @@ def test_the_comparison_runs_and_leaves_a_run_folder_a_row(tmp_path: Path, monke
     rows = {row["row"]: row for row in cell["rows"]}
     assert set(rows) == set(ROWS)
     assert rows["probe"]["trainable_share"] < rows["lora"]["trainable_share"] < rows["gradual"]["trainable_share"] == 1
+    fingerprints: set[str] = set()
     for row in SETTINGS:
         found = json.loads((folder / f"{row}-20-0" / "recipe.json").read_text())
         jsonschema.validate(found, SCHEMA)
         assert found["results"]["test"]["accuracy"] == pytest.approx(rows[row]["accuracy"]["mean"])
+        comparison = found["comparison"]
+        assert (comparison["row"], comparison["n"], comparison["test_items"]) == (row, 20, 9 * 54)
+        beside = {one["row"]: one for one in comparison["rows"]}
+        assert set(beside) == set(ROWS)
+        assert beside[row]["values"] == rows[row]["accuracies"]
+        assert beside[row]["value"] == rows[row]["accuracy"]
+        assert beside["scratch"]["gain"]["mean"] == 0
+        assert comparison["transfer"]["sentence"] == cell["transfer"]["sentence"]
+        splits = found["data"]["splits"]
+        assert {name: split["rows"] for name, split in splits.items()} == {"train": 20, "test": 9 * 54}
+        fingerprints.add(splits["test"]["fingerprint"])
+        assert found["preprocessing"] == {"max_length": 12}
+        assert (found["model"]["fingerprint"] is None) is (row in ("scratch", "random_probe"))
         history = json.loads((folder / f"{row}-20-0" / "trainer_state.json").read_text())["log_history"]
         assert any("tl/rate/head" in entry for entry in history)
+    assert len(fingerprints) == 1

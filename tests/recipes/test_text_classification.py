@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ import jsonschema
 import pytest
 import yaml
 from arguments import parse
-from text_classification import Recipe, encode_labels, load_splits, main
+from datasets import Dataset
+from fingerprints import content_fingerprint
+from huggingface_hub import constants
+from text_classification import Recipe, encode_labels, load_splits, main, metrics_of
 from transformers import BertTokenizerFast, TrainingArguments
 
 from tests import tiny
@@ -48,7 +52,7 @@ def write(path: Path, data: list[dict[str, Any]]) -> Path:
     return path
 
 
-def options(model: Path, folder: Path, **overrides: Any) -> list[str]:
+def options(model: Path | str, folder: Path, **overrides: Any) -> list[str]:
     values = {
         "model_name_or_path": model,
         "train_file": write(folder / "train.csv", rows(24)),
@@ -87,9 +91,70 @@ def test_every_configuration_runs(path: Path, model: Path, tmp_path: Path, capsy
     jsonschema.validate(found, SCHEMA)
     assert found["methods"]["Strategy"]["name"] == path.stem
     assert found["data"]["labels"] == ["blue", "green", "red"]
-    assert 0 <= found["results"]["validation"]["eval_accuracy"] <= 1
-    assert {"eval_f1", "eval_loss"} <= set(found["results"]["validation"])
+    assert set(found["results"]["validation"]) == {"accuracy", "f1", "loss"}
+    assert 0 <= found["results"]["validation"]["accuracy"] <= 1
+    assert found["preprocessing"] == {"max_length": 128}
+    data = found["data"]
+    assert (data["name"], data["local"], data["revision"]) == ("train.csv", True, None)
+    assert data["columns"] == {"text": "text", "label": "label"}
+    assert {name: (split["rows"], split["split"]) for name, split in data["splits"].items()} == {
+        "train": (24, "train"),
+        "validation": (9, "validation"),
+    }
+    assert data["splits"]["validation"]["fingerprint"] == content_fingerprint(
+        Dataset.from_list(rows(9)), {"text": "text", "label": "label"}
+    )
+    assert {split: facts["rows"] for split, facts in found["datasets"].items()} == {"train": 24, "eval": 9}
+    assert (found["model"]["fingerprint"] is None) is (path.stem == "scratch")
     assert (tmp_path / "run" / "trainer_state.json").is_file()
+
+
+def test_a_held_out_part_of_train_can_be_drawn_again(model: Path, tmp_path: Path) -> None:
+    arguments = options(model, tmp_path, validation_file=None, strategy="probe", validation_split_percentage=25, seed=3)
+    main(*parse((Recipe, TrainingArguments), arguments))
+    found = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert found["preprocessing"] == {"max_length": 128, "validation_split_percentage": 25, "split_seed": 3}
+    split = found["data"]["splits"]["validation"]
+    assert (split["rows"], split["split"]) == (6, "train")
+    again = Dataset.from_list(rows(24)).train_test_split(test_size=0.25, seed=3)["test"]
+    assert split["fingerprint"] == content_fingerprint(again, found["data"]["columns"])
+
+
+SHA, OTHER = "0123456789" * 4, "f" * 40
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in org/tiny:UserWarning")  # PEFT, without a network
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_a_model_of_the_hub_is_loaded_from_one_commit(
+    strategy: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, from a cache that holds two commits: `main` is not the only one, so the cache alone cannot tell."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "models--org--tiny"
+    for sha in (SHA, OTHER):
+        shutil.copytree(model, folder / "snapshots" / sha)
+    tiny.bert(seed=1).save_pretrained(folder / "snapshots" / OTHER)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(SHA)
+    main(*parse((Recipe, TrainingArguments), options("org/tiny", tmp_path, strategy=strategy)))
+    found = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    jsonschema.validate(found, SCHEMA)
+    assert (found["model"]["name_or_path"], found["model"]["local"]) == ("org/tiny", False)
+    assert found["model"]["revision"] == SHA
+    if strategy == "lora":
+        assert found["model"]["adapters"]["default"]["revision"] == SHA
+        assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["revision"] == SHA
+    (folder / "refs" / "main").write_text(OTHER)
+    first = found["model"]["fingerprint"]["digest"]
+    main(*parse((Recipe, TrainingArguments), options("org/tiny", tmp_path, strategy=strategy)))
+    found = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert found["model"]["revision"] == OTHER
+    assert found["model"]["fingerprint"]["digest"] != first
+
+
+def test_only_finite_metrics_are_kept() -> None:
+    results = {"eval_loss": 1.5, "eval_f1": float("nan"), "eval_runtime": 2.0, "epoch": 1.0, "eval_x_per_second": 1.0}
+    assert metrics_of(results) == {"loss": 1.5, "x_per_second": 1.0}
 
 
 def test_dry_run_prints_the_plan_and_trains_nothing(
@@ -218,4 +283,4 @@ def test_the_command_line_trains_stops_and_resumes(launcher: str, model: Path, t
         path.unlink()
     again = run("--resume_from_checkpoint", "last")
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
-    assert again["results"]["validation"]["eval_accuracy"] == first["results"]["validation"]["eval_accuracy"]
+    assert again["results"] == first["results"]
