@@ -5,6 +5,7 @@
 
 Any option, of the recipe or of `TrainingArguments`, overrides the file. `--dry_run` prints what would be trained when,
 and at which rates, and stops. `--resume_from_checkpoint last` goes on from the last whole checkpoint of `output_dir`.
+`--push_to_hub --hub_model_id owner/name` publishes the run in the end, privately unless `--hub_private_repo false`.
 """
 
 import json
@@ -31,6 +32,7 @@ from transformers import (
     set_seed,
 )
 
+from hub_cards import publish
 from tl_callbacks import adapt, add_to_recipe, attach, closest, ignores_item_count, preview
 
 METRICS = Path(__file__).parent / "metrics"
@@ -57,6 +59,8 @@ class Recipe:
     max_train_samples: int | None = field(default=None, metadata={"help": "train on that many texts at the most"})
     strategy: str = field(default="gradual", metadata={"help": "a strategy of tl_callbacks.adapt"})
     strategy_options: dict | str | None = field(default=None, metadata={"help": "its options, as JSON"})  # type: ignore[type-arg]
+    license: str | None = field(default=None, metadata={"help": "of what --push_to_hub publishes, as the Hub names it"})
+    merge_adapter: bool = field(default=False, metadata={"help": "publish adapters merged into their base"})
     dry_run: bool = field(default=False, metadata={"help": "print groups, phases and rates, and stop"})
 
     def __post_init__(self) -> None:
@@ -71,6 +75,8 @@ class Recipe:
 def main(recipe: Recipe, args: TrainingArguments) -> None:
     """Train, evaluate, and leave model, `trainer_state.json` and `recipe.json` in `args.output_dir`."""
     set_seed(args.seed)
+    # The Trainer would upload every file of the folder, pickles too, with a card of its own.
+    push_to_hub, args.push_to_hub = args.push_to_hub, False
     # Once, so that tokenizer, configuration and weights are of one commit, and the data of one.
     revision = resolved(recipe.model_name_or_path, recipe.model_revision)
     recipe.model_revision = revision or recipe.model_revision
@@ -108,6 +114,16 @@ def main(recipe: Recipe, args: TrainingArguments) -> None:
             preprocessing=preprocessing_facts(splits, recipe, args.seed),
             results={"validation": metrics_of(results)},
         )
+    if push_to_hub:
+        published = publish(
+            args.output_dir,
+            args.hub_model_id or Path(args.output_dir).name,
+            private=args.hub_private_repo is not False,
+            license=recipe.license,
+            merge=recipe.merge_adapter,
+            token=args.hub_token,
+        )
+        print(published.url)
 
 
 def load_splits(recipe: Recipe, seed: int) -> DatasetDict:

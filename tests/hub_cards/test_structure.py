@@ -1,4 +1,4 @@
-"""The walls of `hub_cards`: no torch in what makes cards, no network outside a few files, nothing of the other package."""
+"""The walls of `hub_cards`: no torch in what makes cards, no network but in a few files, nothing of the other package."""
 
 import ast
 import socket
@@ -19,7 +19,14 @@ FILES = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
 LAZY = {"adapters", "pull", "merge", "verify"}
 TORCH = {"torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "sklearn", "safetensors"}
 NETWORK = {"base_proof", "publish", "pull", "registry", "snapshots", *LAZY}
-OFFLINE_NAMES = {"EvalResult", "EvalResultEntry", "ModelCardData", "eval_result_entries_to_yaml", "ModelCard", "constants"}
+OFFLINE_NAMES = {
+    "EvalResult",
+    "EvalResultEntry",
+    "ModelCardData",
+    "eval_result_entries_to_yaml",
+    "ModelCard",
+    "constants",
+}
 
 
 def imported(path: Path) -> set[tuple[str, str]]:
@@ -77,7 +84,9 @@ def test_there_is_no_cycle() -> None:
 
 
 def test_the_package_is_imported_without_torch() -> None:
-    check = "import sys, hub_cards, hub_cards.__main__; print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    check = (
+        "import sys, hub_cards, hub_cards.__main__; print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
     found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, cwd=FOLDER.parent)
     assert found.stdout.strip() == "[]"
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from compare import SETTINGS, Comparison, main
+from compare import Comparison, main
 from report import ROWS
+from rows import SETTINGS
 from transformers import BertTokenizerFast
 
 from tests import timm_beside, tiny
