@@ -1,0 +1,187 @@
+"""Undoes what hides a text from a search: escapes, invisible characters, base64, hexadecimal digits.
+
+Each step keeps a map back to the text it came from, so that what is found can be shown, masked, where it stands.
+"""
+
+import base64
+import binascii
+import html
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+from urllib.parse import unquote
+
+BREAK = "\v"  # stands for an escaped line break: white space, but no new line of the file
+ROUNDS = 4
+
+_INVISIBLE = "\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufe00-\ufe0f\ufeff\U000e0000-\U000e007f"
+_ESCAPE = re.compile(
+    r"(?P<unicode>\\u[0-9a-fA-F]{4}|\\u\{[0-9a-fA-F]{1,6}\}|\\U[0-9a-fA-F]{8}|\\x[0-9a-fA-F]{2})"
+    r"|(?P<octal>(?:\\[0-7]{3}){4,})"
+    r"|(?P<fold>\\\r?\n[ \t]*)"
+    r"|(?P<control>\\[nrtbfv])"
+    r"|(?P<quoted>\\[!-/:-@\[-`{-~])"
+    r"|(?P<percent>(?:%[0-9a-fA-F]{2})+)"
+    r"|(?P<entity>&(?:\#[0-9]{1,7}|\#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});)"
+    r"|(?P<printable>(?:=[0-9A-F]{2}){4,})"
+    rf"|(?P<invisible>[{_INVISIBLE}]+)"
+    r"|(?P<wide>[\uff01-\uff5e]+)"
+)
+_MAY_ESCAPE = re.compile(rf"[\\%&{_INVISIBLE}\uff01-\uff5e]|=[0-9A-F]{{2}}=")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{20,}(?:[\r\n\v]{1,2}[ \t]*[A-Za-z0-9+/_-]+)*")
+_HEX = re.compile(r"(?<![0-9a-fA-F])(?:(?:0x)?[0-9a-fA-F]{2}[ ,:;-]{0,2}){16,}")
+_BASE32 = re.compile(r"(?<![A-Z2-7])[A-Z2-7]{26,}")
+_PRINTABLE = re.compile(rb"[\t\n\r\x20-\x7e]{12,}")
+
+
+def _character(number: int) -> str:
+    return chr(number) if number < 0x110000 and not 0xD800 <= number < 0xE000 else "\ufffd"
+
+
+_DECODE: dict[str, Callable[[str], str]] = {
+    "unicode": lambda s: _character(int(s[2:].strip("{}"), 16)),
+    "octal": lambda s: "".join(chr(int(digits, 8)) for digits in s[1:].split("\\")),
+    "fold": lambda s: "",
+    "control": lambda s: BREAK,
+    "quoted": lambda s: s[1],
+    "percent": lambda s: unquote(s, errors="replace"),
+    "entity": html.unescape,
+    "printable": lambda s: bytes.fromhex(s.replace("=", "")).decode("utf-8", "replace"),
+    "invisible": lambda s: "",
+    "wide": lambda s: "".join(chr(ord(character) - 0xFEE0) for character in s),
+}
+
+
+class View:
+    """A text with its escapes undone, and the way back to the text that it was made of.
+
+    Args:
+        text: the text as it can be searched.
+        cuts: for each changed stretch `(start here, end here, start there, end there)`, in order; empty: unchanged.
+        source: the view that `cuts` refers to; None: the text itself is the file's.
+
+    Example:
+        >>> view = list(views(r'"h\\u0066_x"'))[-1]
+        >>> view.text, view.origin(1, 4)
+        ('"hf_x"', (1, 9))
+    """
+
+    def __init__(self, text: str, cuts: list[tuple[int, int, int, int]] | None = None, source: "View | None" = None):
+        self.text = text
+        self._cuts = cuts or []
+        self._starts = [cut[0] for cut in self._cuts]
+        self._source = source
+
+    def origin(self, start: int, end: int) -> tuple[int, int]:
+        """Returns where `text[start:end]` stands in the text of the file.
+
+        Example:
+            >>> View("abc").origin(1, 2)
+            (1, 2)
+        """
+        if self._source is None:
+            return start, end
+        return self._source.origin(self._back(start, first=True), self._back(end, first=False))
+
+    def _back(self, at: int, *, first: bool) -> int:
+        index = bisect_right(self._starts, at if first else at - 1) - 1
+        if index < 0:
+            return at
+        here, here_end, there, there_end = self._cuts[index]
+        if at < here_end or (not first and at == here_end and here < here_end):
+            return there if first else there_end
+        return there_end + (at - here_end)
+
+
+def views(text: str) -> Iterator[View]:
+    r"""Yields `text` as it is, then with one layer of escapes after the other undone.
+
+    JSON, YAML, JavaScript and C escapes, backslashes of Markdown, percent signs, HTML entities, quoted-printable, invisible
+    characters, full-width letters and continued lines; four layers at the most.
+
+    Example:
+        >>> [view.text for view in views("%2568f_")]
+        ['%2568f_', '%68f_', 'hf_']
+    """
+    view = View(text)
+    yield view
+    for _ in range(ROUNDS):
+        if _MAY_ESCAPE.search(view.text) is None:
+            return
+        pieces, cuts, last, length = [], [], 0, 0
+        for match in _ESCAPE.finditer(view.text):
+            plain = _DECODE[match.lastgroup or ""](match[0])
+            start, end = match.span()
+            length += start - last
+            pieces += (view.text[last:start], plain)
+            if plain != match[0]:
+                cuts.append((length, length + len(plain), start, end))
+            length += len(plain)
+            last = end
+        if not cuts:
+            return
+        view = View("".join([*pieces, view.text[last:]]), cuts, view)
+        yield view
+
+
+def joined(view: View) -> View | None:
+    """Returns the view without the escaped line breaks inside words, or None where there are none.
+
+    Example:
+        >>> joined(list(views(r"hf_ab\\ncd"))[-1]).text
+        'hf_abcd'
+    """
+    cuts: list[tuple[int, int, int, int]] = []
+    pieces, last, length = [], 0, 0
+    for match in re.finditer(rf"(?<=[\w-]){BREAK}+[ \t]*(?=[\w-])", view.text):
+        length += match.start() - last
+        pieces.append(view.text[last : match.start()])
+        cuts.append((length, length, *match.span()))
+        last = match.end()
+    return View("".join([*pieces, view.text[last:]]), cuts, view) if cuts else None
+
+
+class Packed(NamedTuple):
+    """A stretch `text[start:end]` that decodes to the readable `inside`.
+
+    Example:
+        >>> Packed(0, 4, "abc").inside
+        'abc'
+    """
+
+    start: int
+    end: int
+    inside: str
+
+
+def packed(text: str) -> Iterator[Packed]:
+    """Yields what is readable inside runs of base64 (both alphabets, at any offset), base32 and hexadecimal digits.
+
+    Example:
+        >>> [piece.inside for piece in packed("x: " + "aGVsbG8sIGhlbGxvLCBoZWxsbyE=")]
+        ['hello, hello, hello!']
+    """
+    for run in _BASE64.finditer(text):
+        letters = re.sub(r"\s", "", run[0]).replace("-", "+").replace("_", "/")
+        for offset in range(4):
+            part = letters[offset:]
+            part = part[: len(part) - (len(part) % 4 == 1)]
+            yield from _readable(run.span(), base64.b64decode(part + "=" * (-len(part) % 4)))
+    for run in _HEX.finditer(text):
+        digits = re.sub("0x|[ ,:;-]", "", run[0])
+        for offset in range(2):
+            part = digits[offset:]
+            yield from _readable(run.span(), bytes.fromhex(part[: len(part) // 2 * 2]))
+    for run in _BASE32.finditer(text):
+        try:
+            yield from _readable(run.span(), base64.b32decode(run[0] + "=" * (-len(run[0]) % 8)))
+        except binascii.Error:
+            continue
+
+
+def _readable(span: tuple[int, int], data: bytes) -> Iterator[Packed]:
+    if data.count(0) > len(data) // 4:
+        data = data.replace(b"\0", b"")
+    for match in _PRINTABLE.finditer(data):
+        yield Packed(*span, match[0].decode("ascii"))
