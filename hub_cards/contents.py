@@ -25,7 +25,9 @@ _BOMS = (
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 _PRINTABLE = re.compile(rb"[\t\x20-\x7e]{6,}")
 _PNG = b"\x89PNG\r\n\x1a\n"
-_PIXELS = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"bKGD", b"tIME", b"sBIT"})
+_PIXELS = frozenset(
+    {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"bKGD", b"tIME", b"sBIT"}
+)
 # Vocabularies that are binary by their nature: SentencePiece models. Pictures that are not PNG hold no text to speak of.
 _BINARY = frozenset({".model", ".spm", ".jpg", ".jpeg", ".gif", ".webp"})
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses more

@@ -178,5 +178,10 @@ def _is_secret(name: str, value: str) -> bool:
     if PLACEHOLDER.fullmatch(value) or value.startswith(("http://", "https://", "/", "~/", "./")):
         return False
     if re.match(r"[\w.\"'-]*(?:pass(?:wd|word|phrase|code)|pwd)", name):
-        return bool(re.search("[A-Za-z]", value) and re.search(r"[0-9!@#$%^&*+?~=]", value)) and not re.search(r"[()]|\s\S+\s", value)
-    return len(value) >= 12 and value.isascii() and " " not in value and looks_random(value)
+        return bool(re.search("[A-Za-z]", value) and re.search(r"[0-9!@#$%^&*+?~=]", value)) and not re.search(
+            r"[()]|\s\S+\s", value
+        )
+    if len(value) < 12 or not value.isascii() or " " in value or not looks_random(value):
+        return False
+    # A class of a program, `SamHQAttention`, has few changes from lower to upper case; a random value has many, or a digit.
+    return bool(re.search("[0-9]", value)) or len(re.findall("[a-z][A-Z]", value)) > len(value) / 8

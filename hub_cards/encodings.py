@@ -16,22 +16,26 @@ BREAK = "\v"  # stands for an escaped line break: white space, but no new line o
 ROUNDS = 4
 
 _INVISIBLE = "\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufe00-\ufe0f\ufeff\U000e0000-\U000e007f"
+# One class of characters comes first, so that the search of a long text for it is quick.
 _ESCAPE = re.compile(
-    r"(?P<unicode>\\u[0-9a-fA-F]{4}|\\u\{[0-9a-fA-F]{1,6}\}|\\U[0-9a-fA-F]{8}|\\x[0-9a-fA-F]{2})"
-    r"|(?P<octal>(?:\\[0-7]{3}){4,})"
-    r"|(?P<fold>\\\r?\n[ \t]*)"
-    r"|(?P<control>\\[nrtbfv])"
-    r"|(?P<quoted>\\[!-/:-@\[-`{-~])"
-    r"|(?P<percent>(?:%[0-9a-fA-F]{2})+)"
-    r"|(?P<entity>&(?:\#[0-9]{1,7}|\#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});)"
-    r"|(?P<printable>(?:=[0-9A-F]{2}){4,})"
-    rf"|(?P<invisible>[{_INVISIBLE}]+)"
-    r"|(?P<wide>[\uff01-\uff5e]+)"
+    rf"[\\%&={_INVISIBLE}\uff01-\uff5e](?:"
+    r"(?<=\\)(?:"
+    r"(?P<unicode>u[0-9a-fA-F]{4}|u\{[0-9a-fA-F]{1,6}\}|U[0-9a-fA-F]{8}|x[0-9a-fA-F]{2})"
+    r"|(?P<octal>[0-7]{3}(?:\\[0-7]{3}){3,})"
+    r"|(?P<fold>\r?\n[ \t]*)"
+    r"|(?P<control>[nrtbfv])"
+    r"|(?P<quoted>[!-/:-@\[-`{-~]))"
+    r"|(?<=%)(?P<percent>[0-9a-fA-F]{2}(?:%[0-9a-fA-F]{2})*)"
+    r"|(?<=&)(?P<entity>(?:\#[0-9]{1,7}|\#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,30});)"
+    r"|(?<==)(?P<printable>[0-9A-F]{2}(?:=[0-9A-F]{2}){3,})"
+    rf"|(?<=[{_INVISIBLE}])(?P<invisible>[{_INVISIBLE}]*)"
+    r"|(?<=[\uff01-\uff5e])(?P<wide>[\uff01-\uff5e]*))"
 )
-_MAY_ESCAPE = re.compile(rf"[\\%&{_INVISIBLE}\uff01-\uff5e]|=[0-9A-F]{{2}}=")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]{20,}(?:[\r\n\v]{1,2}[ \t]*[A-Za-z0-9+/_-]+)*")
-_HEX = re.compile(r"(?<![0-9a-fA-F])(?:(?:0x)?[0-9a-fA-F]{2}[ ,:;-]{0,2}){16,}")
-_BASE32 = re.compile(r"(?<![A-Z2-7])[A-Z2-7]{26,}")
+_HEX = re.compile(r"[0-9a-fA-F]{32,}")
+_BASE32 = re.compile(r"[A-Z2-7]{26,}")
+_BYTES = re.compile(r"(?<![0-9a-fA-F])(?:(?:0x)?[0-9a-fA-F]{2}[ ,:;-]{1,2}){15,}(?:0x)?[0-9a-fA-F]{2}")
+_LONG = 2_000_000  # characters; beyond, lists of single bytes are not looked for: that search alone would take seconds
 _PRINTABLE = re.compile(rb"[\t\n\r\x20-\x7e]{12,}")
 
 
@@ -107,8 +111,6 @@ def views(text: str) -> Iterator[View]:
     view = View(text)
     yield view
     for _ in range(ROUNDS):
-        if _MAY_ESCAPE.search(view.text) is None:
-            return
         pieces, cuts, last, length = [], [], 0, 0
         for match in _ESCAPE.finditer(view.text):
             plain = _DECODE[match.lastgroup or ""](match[0])
@@ -134,7 +136,7 @@ def joined(view: View) -> View | None:
     """
     cuts: list[tuple[int, int, int, int]] = []
     pieces, last, length = [], 0, 0
-    for match in re.finditer(rf"(?<=[\w-]){BREAK}+[ \t]*(?=[\w-])", view.text):
+    for match in re.finditer(rf"{BREAK}(?<=[\w-]{BREAK}){BREAK}*[ \t]*(?=[\w-])", view.text):
         length += match.start() - last
         pieces.append(view.text[last : match.start()])
         cuts.append((length, length, *match.span()))
@@ -163,25 +165,32 @@ def packed(text: str) -> Iterator[Packed]:
         ['hello, hello, hello!']
     """
     for run in _BASE64.finditer(text):
-        letters = re.sub(r"\s", "", run[0]).replace("-", "+").replace("_", "/")
-        for offset in range(4):
-            part = letters[offset:]
-            part = part[: len(part) - (len(part) % 4 == 1)]
-            yield from _readable(run.span(), base64.b64decode(part + "=" * (-len(part) % 4)))
-    for run in _HEX.finditer(text):
-        digits = re.sub("0x|[ ,:;-]", "", run[0])
-        for offset in range(2):
-            part = digits[offset:]
-            yield from _readable(run.span(), bytes.fromhex(part[: len(part) // 2 * 2]))
-    for run in _BASE32.finditer(text):
-        try:
-            yield from _readable(run.span(), base64.b32decode(run[0] + "=" * (-len(run[0]) % 8)))
-        except binascii.Error:
-            continue
+        letters = re.sub(r"\s", "", run[0])
+        yield from _readable(run.span(), *(_base64(letters[offset:]) for offset in range(4)))
+        for digits in _HEX.findall(letters):
+            yield from _readable(
+                run.span(), *(bytes.fromhex(part[: len(part) // 2 * 2]) for part in (digits, digits[1:]))
+            )
+        for digits in _BASE32.findall(letters):
+            yield from _readable(run.span(), _base32(digits))
+    for run in _BYTES.finditer(text) if len(text) < _LONG else ():
+        yield from _readable(run.span(), bytes.fromhex(re.sub("0x|[ ,:;-]", "", run[0])))
 
 
-def _readable(span: tuple[int, int], data: bytes) -> Iterator[Packed]:
-    if data.count(0) > len(data) // 4:
-        data = data.replace(b"\0", b"")
-    for match in _PRINTABLE.finditer(data):
-        yield Packed(*span, match[0].decode("ascii"))
+def _base64(letters: str) -> bytes:
+    whole = letters[: len(letters) - (len(letters) % 4 == 1)]
+    return base64.b64decode(whole.replace("-", "+").replace("_", "/") + "=" * (-len(whole) % 4))
+
+
+def _base32(letters: str) -> bytes:
+    try:
+        return base64.b32decode(letters[: len(letters) // 8 * 8])
+    except binascii.Error:
+        return b""
+
+
+def _readable(span: tuple[int, int], *decoded: bytes) -> Iterator[Packed]:
+    for data in decoded:
+        text = data.replace(b"\0", b"") if data.count(0) > len(data) // 4 else data
+        for match in _PRINTABLE.finditer(text):
+            yield Packed(*span, match[0].decode("ascii"))

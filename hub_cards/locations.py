@@ -5,7 +5,7 @@ closing tag and a formula are none. Decided here, since the text alone does not 
 
 - links of Markdown and HTML to the root of the site (`[text](/docs/hub)`) are URLs, unless they begin with a folder
   that only a machine has (`/home`, `/Users`, `/mnt`, ...); so are `/api/...` and `/v1/...`, the routes of a server;
-- `/path/to/...`, `/dev/null` and the like name no machine; `/usr/bin/env` does, and is reported;
+- `/path/to/...`, `/dev/null` and the `#!` line of a script name no machine; `/usr/bin/env` elsewhere is reported;
 - the addresses of RFC 2606 (`example.com`, `.test`, ...) and `git@host` are public.
 """
 
@@ -16,7 +16,9 @@ from hub_cards.detect import RESERVED_HOST, Hit, starts_of
 
 EMAIL, PATH = "e-mail address", "absolute path"
 
-_ADDRESS = re.compile(r"(?P<local>[\w.%+'-]{1,64})@(?P<host>(?:[\w-]{1,63}\.)+(?P<top>[^\W\d_]{2,24}|xn--[\w-]+))(?![\w@])")
+_ADDRESS = re.compile(
+    r"(?P<local>[\w.%+'-]{1,64})@(?P<host>(?:[\w-]{1,63}\.)+(?P<top>[^\W\d_]{2,24}|xn--[\w-]+))(?![\w@])"
+)
 _NO_TOP = frozenset("png jpg jpeg gif svg webp json txt yaml yml csv bin js css html safetensors".split())
 
 # Folders at the root of a file system that are no part of a web site.
@@ -26,18 +28,26 @@ _ROOTS = (
 )
 _MACHINE = re.compile(rf"/(?:{_ROOTS})/")
 # The slash comes first, so that the search is one for a letter; what stands before it decides whether a path begins.
-_POSIX = re.compile(r"/(?<![\w./\\~<@$#%*?\])}^|+&-]/)(?P<parts>(?:[\w.@+-][\w.@+~%=-]*/)+[\w.@+-][\w.@+~%=-]*)")
-_NO_PATH = re.compile(r"/(?:path/to\b|dev/(?:null|zero|u?random|std(?:in|out|err)|tty|shm)\b|(?:api|v\d+)/|(?:\d+/)+\d+$)")
+_POSIX = re.compile(r"/(?<![\w./\\~<@$#!%*?\])}^|+&-]/)(?P<parts>(?:[\w.@+-][\w.@+~%=-]*/)+[\w.@+-][\w.@+~%=-]*)")
+_NO_PATH = re.compile(
+    r"/(?:path/to\b|dev/(?:null|zero|u?random|std(?:in|out|err)|tty|shm)\b|(?:api|v\d+)/|(?:\d+/)+\d+$)"
+)
 _LINK = re.compile(r"""(?:\]\(|(?:href|src|action|poster)\s*=\s*["']?)<?$""")
-_FILE_URL = re.compile(r"(?i)file:/{1,3}(?=[\w.~%\\])[^\s\"'<>)]+")
-_HOME = re.compile(r"~(?<![\w/~.\\)\]}]~)(?:/[\w.][^\s\"'<>`,;]*|(?P<user>[a-z_][\w-]*)/[\w.][\w.-]*(?P<more>/[\w.]*)?)")
+_FILE_URL = re.compile(r"(?i)file:(?<![a-z]file:)/{1,3}(?=[\w.~%\\])[^\s\"'<>)]+")
+_HOME = re.compile(
+    r"~(?<![\w/~.\\)\]}]~)(?:/[\w.][^\s\"'<>`,;]*|(?P<user>[a-z_][\w-]*)/[\w.][\w.-]*(?P<more>/[\w.]*)?)"
+)
 _DRIVE = re.compile(r"(?<![\w?+-])[A-Za-z]:(?:\\{1,2}|/)(?!/)(?P<parts>[\w.$~@ -]+(?:(?:\\{1,2}|/)[\w.$~@ -]+)*)")
-_SHARE = re.compile(r"(?<![^\s\"'=(\[,:])(?:\\\\(?P<one>\w[\w.-]+\\[\w$.-]{2,})|\\{4}(?P<two>\w[\w.-]+\\\\[\w$.-]{2,}))[^\s\"']*")
+_SHARE = re.compile(
+    r"(?<![^\s\"'=(\[,:])(?:\\\\(?P<one>\w[\w.-]+\\[\w$.-]{2,})|\\{4}(?P<two>\w[\w.-]+\\\\[\w$.-]{2,}))[^\s\"']*"
+)
 _FORMULA = re.compile(
     r"\\(?:to|in|R|N|Z|C|text|times|math\w+|right\w*|left\w*|mapsto|frac|sum|prod|int|cdot|ldots|hline|begin|end|quad|alpha|beta|"
     r"gamma|delta|sigma|theta|lambda|mu|phi|psi|omega|partial|infty|leq?|geq?|neq|sim|approx|bf|it|rm|operatorname|hat|bar|tilde)\b"
 )
-_HOME_IN_VOCABULARY = re.compile(r"(?:/home|/Users)/[\w.-]{2,}|/root/[\w.-]{2,}|[A-Za-z]:(?:\\{1,2}|/)Users(?:\\{1,2}|/)[\w.-]{2,}")
+_HOME_IN_VOCABULARY = re.compile(
+    r"(?:/home|/Users)/[\w.-]{2,}|/root/[\w.-]{2,}|[A-Za-z]:(?:\\{1,2}|/)Users(?:\\{1,2}|/)[\w.-]{2,}"
+)
 
 
 def find_emails(text: str) -> Iterator[Hit]:
@@ -81,15 +91,14 @@ def find_paths(text: str) -> Iterator[Hit]:
             is_value = match.start() == 0 or text[match.start() - 1] in "\"'=`\n"
             if match["user"] is None or match["more"] or is_value:
                 yield Hit(*match.span(), PATH)
-    if ":" in text:
-        for match in _DRIVE.finditer(text):
-            if _is_drive_path(match):
-                yield Hit(*match.span(), PATH)
-        yield from (Hit(*match.span(), PATH) for match in _FILE_URL.finditer(text))
-    if "\\\\" in text:
-        for match in _SHARE.finditer(text):
-            if not _FORMULA.search("\\" + match[0].lstrip("\\")):
-                yield Hit(*match.span(), PATH)
+    for at in starts_of(text, (":\\", ":/")):
+        if (match := _DRIVE.match(text, max(0, at - 1))) and _is_drive_path(match):
+            yield Hit(*match.span(), PATH)
+        elif match := _FILE_URL.match(text, max(0, at - 4)):
+            yield Hit(*match.span(), PATH)
+    for at in starts_of(text, ("\\\\",)):
+        if (match := _SHARE.match(text, at)) and not _FORMULA.search("\\" + match[0].lstrip("\\")):
+            yield Hit(*match.span(), PATH)
 
 
 def find_homes(text: str) -> Iterator[Hit]:

@@ -19,7 +19,9 @@ from hub_cards.locations import EMAIL, PATH, find_emails, find_homes, find_paths
 
 _DEPTH = 3  # encodings inside encodings: base64 of base64 of a token is found
 _WIDTH = 100  # characters of a line that are shown
-_VOCABULARY = re.compile(r"(?i)(?:.*[-_.])?vocab(?:[-_.].*)?\.(?:txt|json)|.*merges\.txt|.*\.(?:tiktoken|model|spm|bpe)")
+_VOCABULARY = re.compile(
+    r"(?i)(?:.*[-_.])?vocab(?:[-_.].*)?\.(?:txt|json)|.*merges\.txt|.*\.(?:tiktoken|model|spm|bpe)"
+)
 _RANK = {EMAIL: 1, PATH: 2}  # all others 0: a token inside a path is told as a token
 
 
@@ -120,7 +122,7 @@ def scan(files: Mapping[str, Path | bytes], *, allow: Iterable[str] = ()) -> lis
     Example:
         >>> for finding in scan({"config.json": b'{\n  "base": "/home/ada/model"\n}'}):
         ...     print(finding)
-        config.json:2: absolute path:   "base": "/hom…"
+        config.json:2: absolute path:   "base": "/ho…"
         >>> scan({"config.json": b'{"base": "/opt/model"}'}, allow=["/opt/model"])
         []
     """
@@ -212,13 +214,14 @@ def _is_general(hit: _Hit, vocabulary: list[tuple[int, int]]) -> bool:
 def _masked(text: str, low: int, high: int, hits: Iterable[_Hit]) -> str:
     """Returns `text[low:high]` with at most four characters of each hit, and no control characters."""
     pieces, at = [], low
-    for start, end in sorted((hit.start, hit.end) for hit in hits if hit.start < high and hit.end > low):
+    for start, end, kind, _ in sorted(hit for hit in hits if hit.start < high and hit.end > low):
         # What a rule cut off may belong to the secret, so the mask goes on to the end of the word.
         end += len(re.match(r"[^\s\"'`<>,;)\]}]*", text[end : end + 400])[0])  # type: ignore[index]
         if end <= at:
             continue
         if start >= at:
-            pieces += [text[at:start], text[start : start + min(4, (end - start) // 4)], "…"]
+            shown = 1 if kind == EMAIL else min(4, (end - start) // 4)
+            pieces += [text[at:start], text[start : start + shown], "…"]
         elif at == low:
             pieces.append("…")
         at = end

@@ -40,14 +40,14 @@ class Shape(NamedTuple):
     pattern: re.Pattern[str]
 
 
-def cases(*words: str) -> tuple[str, ...]:
-    """Returns each of `words` in lower case, in upper case and capitalised.
+def tails(*words: str) -> tuple[str, ...]:
+    """Returns each of `words` without its first letter, in lower and in upper case: `oken` is in `token` and in `Token`.
 
     Example:
-        >>> cases("token")
-        ('token', 'TOKEN', 'Token')
+        >>> tails("token")
+        ('oken', 'OKEN')
     """
-    return tuple(case(word) for word in words for case in (str.lower, str.upper, str.capitalize))
+    return tuple(case(word[1:]) for word in words for case in (str.lower, str.upper))
 
 
 TOKENS = (
@@ -115,8 +115,16 @@ TOKENS = (
     Token("Tailscale key", "tskey-"),
     Token("OpenShift token", "sha256~"),
     # Chat and mail: api.slack.com/authentication/token-types, SendGrid, Mailgun, Brevo, Twilio documentation.
-    Token("Slack token", "xoxb- xoxp- xoxa- xoxr- xoxs- xoxo- xoxc- xoxd- xoxe- xoxe.xoxb- xoxe.xoxp- xapp-", "[A-Za-z0-9%-]"),
-    Token("Slack webhook", "hooks.slack.com/services/ hooks.slack.com/workflows/ hooks.slack.com/triggers/", "[A-Za-z0-9/_-]"),
+    Token(
+        "Slack token",
+        "xoxb- xoxp- xoxa- xoxr- xoxs- xoxo- xoxc- xoxd- xoxe- xoxe.xoxb- xoxe.xoxp- xapp-",
+        "[A-Za-z0-9%-]",
+    ),
+    Token(
+        "Slack webhook",
+        "hooks.slack.com/services/ hooks.slack.com/workflows/ hooks.slack.com/triggers/",
+        "[A-Za-z0-9/_-]",
+    ),
     Token("Discord webhook", "discord.com/api/webhooks/ discordapp.com/api/webhooks/", "[A-Za-z0-9/_-]"),
     Token("Teams webhook", "webhook.office.com/webhookb2/", "[A-Za-z0-9/@_-]"),
     Token("SendGrid key", "SG.", DOTTED, 32),
@@ -185,12 +193,16 @@ _HEX_UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 _NO_VERSION = r"(?!\w*[-_. ]?(?:sha|hash|commit|rev|run|exp|id))"
 _PROVIDERS = ("heroku", "twilio", "datadog", "cloudflare", "mailgun", "asana", "comet", "codecov", "algolia", "netlify")
 SHAPES = (
-    Shape("JSON web token", ("eyJ",), re.compile(r"(?<![\w-])eyJ[\w-]{8,}\.(?:eyJ)?[\w-]{8,}\.[\w-]*")),
+    Shape("JSON web token", ("eyJ",), re.compile(r"(?<![A-Za-z0-9])eyJ[\w-]{8,}\.(?:eyJ)?[\w-]{8,}\.[\w-]*")),
     Shape("Terraform Cloud token", (".atlasv1.",), re.compile(r"\w{10,}\.atlasv1\.[\w=-]{16,}")),
     Shape("Telegram bot token", (":A",), re.compile(r"(?<![\w:])\d{6,16}:A[\w-]{30,}")),
     Shape("Mailchimp key", ("-us",), re.compile(r"(?<!\w)[0-9a-f]{28,}-us\d{1,2}(?!\w)")),
     Shape("Azure client secret", ("Q~",), re.compile(r"(?<![\w~.-])[\w~.]{3}\dQ~[\w~.-]{28,}")),
-    Shape("Azure key", ("AStA", "AzFu", "AzSe"), re.compile(r"[A-Za-z0-9+/_-]{40,}(?:AStA|AzFu|AzSe)[A-Za-z0-9+/_-]{4,}={0,2}")),
+    Shape(
+        "Azure key",
+        ("AStA", "AzFu", "AzSe"),
+        re.compile(r"[A-Za-z0-9+/_-]{40,}(?:AStA|AzFu|AzSe)[A-Za-z0-9+/_-]{4,}={0,2}"),
+    ),
     Shape("1Password secret key", ("A3-",), re.compile(r"(?<!\w)A3-[A-Z0-9]{6}(?:-[A-Z0-9]{5,11}){4,5}")),
     Shape("Fly.io token", ("FlyV1 ",), re.compile(r"FlyV1 ([\w+/=,-]{16,})")),
     Shape(
@@ -201,8 +213,12 @@ SHAPES = (
             r"(?:(?!-{3,5} ?END)[\s\S]){0,20000}(?:-{3,5} ?END[A-Z0-9 ]*-{3,5})?"
         ),
     ),
-    Shape("private key", ("PuTTY-User-Key",), re.compile(r"PuTTY-User-Key-File-\d(?:[\s\S]{0,4000}?Private-MAC: *\w+)?")),
-    Shape("Google service account", ("service_account",), re.compile(r"""["']type["']\s*:\s*["']service_account["']""")),
+    Shape(
+        "private key", ("PuTTY-User-Key",), re.compile(r"PuTTY-User-Key-File-\d(?:[\s\S]{0,4000}?Private-MAC: *\w+)?")
+    ),
+    Shape(
+        "Google service account", ("service_account",), re.compile(r"""["']type["']\s*:\s*["']service_account["']""")
+    ),
     Shape(
         "netrc login",
         ("machine",),
@@ -210,8 +226,10 @@ SHAPES = (
     ),
     Shape(
         "Weights & Biases key",
-        cases("wandb"),
-        re.compile(rf"(?i:wandb){_NO_VERSION}[\w.()]{{0,24}}[\s\"':=,(]{{1,8}}(?:login\s+)?(?:key=)?([0-9a-f]{{40}})(?!\w)"),
+        tails("wandb"),
+        re.compile(
+            rf"(?i:wandb){_NO_VERSION}[\w.()]{{0,24}}[\s\"':=,(]{{1,8}}(?:login\s+)?(?:key=)?([0-9a-f]{{40}})(?!\w)"
+        ),
     ),
     Shape(
         "Kaggle key",
@@ -220,7 +238,7 @@ SHAPES = (
     ),
     Shape(
         "key of a named provider",
-        cases(*_PROVIDERS),
+        tails(*_PROVIDERS),
         re.compile(
             rf"(?i:{'|'.join(_PROVIDERS)}){_NO_VERSION}[\w. ]{{0,20}}[\"']?\s{{0,2}}[:=]\s{{0,2}}[\"']?"
             rf"({_HEX_UUID}|(?=[a-zA-Z_-]*\d)[A-Za-z0-9_-]{{32,64}})(?![\w-])"
@@ -240,7 +258,11 @@ _SECRET_NAME = (
     r"|(?:api|app|auth|access|account|private|secret|client|master|signing|encryption|subscription|service|shared|deploy"
     r"|kaggle)[_-]?key(?:[_-]?(?:base64|base|value|json))?)(?:_?\d{1,2})?"
 )
-NAME_NEEDLES = cases("pass", "pwd", "token", "secret", "credential", "authoriz", "bearer", "cookie", "key", "connection")
+NAME_NEEDLES = (
+    "pwd",
+    "PWD",
+    *tails("pass", "token", "secret", "credential", "authoriz", "bearer", "cookie", "key", "connection"),
+)
 ASSIGNMENT = re.compile(
     rf"""(?ix)(?P<name>[\w.-]{{0,60}}?{_SECRET_NAME}) ["'`\]]{{0,3}} [ \t]*
     (?: (?: => | := | ={{1,3}} | : ) [ \t\v]{{0,3}} | (?<=\w) [ \t] (?=["']) )
@@ -252,7 +274,7 @@ BEARER = re.compile(r"(?i)\b(?:bearer|basic)[ \t\v]+(?P<bare>[A-Za-z0-9._~+/=-]{
 
 # A part of a name: a word, CamelCase, a version, a short number. What is made of these alone is prose and no secret.
 WORDISH = re.compile(
-    r"[A-Za-z]?[a-z]{0,17}\d{0,4}|[A-Z]{1,15}\d{0,4}|v?\d{1,12}[a-zA-Z]{0,2}|[a-z]{0,12}(?:[A-Z][a-z]{2,12}){1,7}\d{0,3}"
+    r"[A-Za-z]?[a-z]{0,17}\d{0,4}|[A-Z]{1,15}\d{0,4}|v?\d{1,12}[a-zA-Z]{0,2}|[a-z]{0,12}(?:[A-Z][a-z]{2,12}\d{0,2}){1,7}"
     r"|[A-Z]{2,5}[a-z]{2,12}"
 )
 PLACEHOLDER = re.compile(
