@@ -1,4 +1,4 @@
-"""What can be read of a file: its text, the header of a safetensors file, the text chunks of a PNG, a pickle recognised.
+"""What can be read of a file: its text, a safetensors header, the text chunks of a PNG; and a pickle recognised.
 
 Nothing is unpickled and no tensor is read.
 """
@@ -28,18 +28,18 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PIXELS = frozenset(
     {b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"bKGD", b"tIME", b"sBIT"}
 )
-# Vocabularies that are binary by their nature: SentencePiece models. Pictures that are not PNG hold no text to speak of.
+# SentencePiece models are binary by their nature; of pictures that are not PNG the readable runs are looked at.
 _BINARY = frozenset({".model", ".spm", ".jpg", ".jpeg", ".gif", ".webp"})
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library refuses more
 _MAX_CHUNK = 16_000_000  # bytes of one decompressed text chunk
 
 
 class Content(NamedTuple):
-    """One text of a file; `lines` is False where its lines are not the file's, as in a picture.
+    r"""One text of a file; `lines` is False where its lines are not the file's, as in a picture.
 
     Example:
-        >>> Content("a\\nb", lines=True).text
-        'a\\nb'
+        >>> Content("a\nb", lines=True).text
+        'a\nb'
     """
 
     text: str

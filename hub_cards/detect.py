@@ -183,5 +183,6 @@ def _is_secret(name: str, value: str) -> bool:
         )
     if len(value) < 12 or not value.isascii() or " " in value or not looks_random(value):
         return False
-    # A class of a program, `SamHQAttention`, has few changes from lower to upper case; a random value has many, or a digit.
+    # A class of a program, `SamHQAttention`, has few changes from lower to upper case; a random value has many, or a
+    # digit.
     return bool(re.search("[0-9]", value)) or len(re.findall("[a-z][A-Z]", value)) > len(value) / 8

@@ -58,7 +58,7 @@ _DECODE: dict[str, Callable[[str], str]] = {
 
 
 class View:
-    """A text with its escapes undone, and the way back to the text that it was made of.
+    r"""A text with its escapes undone, and the way back to the text that it was made of.
 
     Args:
         text: the text as it can be searched.
@@ -66,7 +66,7 @@ class View:
         source: the view that `cuts` refers to; None: the text itself is the file's.
 
     Example:
-        >>> view = list(views(r'"h\\u0066_x"'))[-1]
+        >>> view = list(views(r'"h\u0066_x"'))[-1]
         >>> view.text, view.origin(1, 4)
         ('"hf_x"', (1, 9))
     """
@@ -101,8 +101,8 @@ class View:
 def views(text: str) -> Iterator[View]:
     r"""Yields `text` as it is, then with one layer of escapes after the other undone.
 
-    JSON, YAML, JavaScript and C escapes, backslashes of Markdown, percent signs, HTML entities, quoted-printable, invisible
-    characters, full-width letters and continued lines; four layers at the most.
+    JSON, YAML, JavaScript and C escapes, backslashes of Markdown, percent signs, HTML entities, quoted-printable,
+    invisible characters, full-width letters and continued lines; four layers at the most.
 
     Example:
         >>> [view.text for view in views("%2568f_")]
@@ -111,7 +111,9 @@ def views(text: str) -> Iterator[View]:
     view = View(text)
     yield view
     for _ in range(ROUNDS):
-        pieces, cuts, last, length = [], [], 0, 0
+        pieces: list[str] = []
+        cuts: list[tuple[int, int, int, int]] = []
+        last = length = 0
         for match in _ESCAPE.finditer(view.text):
             plain = _DECODE[match.lastgroup or ""](match[0])
             start, end = match.span()
@@ -128,10 +130,10 @@ def views(text: str) -> Iterator[View]:
 
 
 def joined(view: View) -> View | None:
-    """Returns the view without the escaped line breaks inside words, or None where there are none.
+    r"""Returns the view without the escaped line breaks inside words, or None where there are none.
 
     Example:
-        >>> joined(list(views(r"hf_ab\\ncd"))[-1]).text
+        >>> joined(list(views(r"hf_ab\ncd"))[-1]).text
         'hf_abcd'
     """
     cuts: list[tuple[int, int, int, int]] = []

@@ -1,8 +1,9 @@
 """Which licence a fine-tuned model may state: its owner's, its base's and its data's, held against each other.
 
-The table below says of each licence what it asks of a work made from it, as coarsely as a refusal needs. It is a guard against
-plain contradictions and no legal advice: whether weights are a work derived from their training data is not settled, a
-licence can be read in more than one way, and what this module lets pass may still be wrong. Ask a lawyer where it matters.
+The table below says of each licence what it asks of a work made from it, as coarsely as a refusal needs. It is a
+guard against plain contradictions and no legal advice: whether weights are a work derived from their training data is
+not settled, a licence can be read in more than one way, and what this module lets pass may still be wrong. Ask a
+lawyer where it matters.
 """
 
 import difflib
@@ -14,17 +15,18 @@ from dataclasses import dataclass, field
 #   same         the same licence, or one of LATER
 #   none         that no such work is published
 #   open         cannot be said: a family of licences, or terms that the identifier does not tell
-# `commercial` is False where the licence forbids commercial use. Identifiers: huggingface.co/docs/hub/repositories-licenses.
+# `commercial` is False where the licence forbids commercial use. Identifiers:
+# huggingface.co/docs/hub/repositories-licenses.
 _TABLE = {
     ("free", True): (
-        "apache-2.0 mit afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc0-1.0 cc-by-2.0 "
-        "cc-by-2.5 cc-by-3.0 cc-by-4.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 etalab-2.0 isc odc-by openmdw-1.0 "
-        "openmdw-1.1 postgresql ncsa unlicense zlib pddl apple-ascl lppl-1.3c"
+        "apache-2.0 mit afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda "
+        "cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 "
+        "etalab-2.0 isc odc-by openmdw-1.0 openmdw-1.1 postgresql ncsa unlicense zlib pddl apple-ascl lppl-1.3c"
     ),
     ("free", False): "cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0",
     ("same", True): (
-        "gpl gpl-2.0 gpl-3.0 agpl-3.0 lgpl lgpl-2.1 lgpl-3.0 lgpl-lr cc-by-sa-3.0 cc-by-sa-4.0 odbl cdla-sharing-1.0 gfdl "
-        "mpl-2.0 epl-1.0 epl-2.0 eupl-1.1 eupl-1.2 ms-pl osl-3.0 ofl-1.1 "
+        "gpl gpl-2.0 gpl-3.0 agpl-3.0 lgpl lgpl-2.1 lgpl-3.0 lgpl-lr cc-by-sa-3.0 cc-by-sa-4.0 odbl "
+        "cdla-sharing-1.0 gfdl mpl-2.0 epl-1.0 epl-2.0 eupl-1.1 eupl-1.2 ms-pl osl-3.0 ofl-1.1 "
         # Licences of models whose terms pass on to whoever receives a model made from theirs.
         "openrail openrail++ bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m "
         "llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma grok2-community"
@@ -44,16 +46,19 @@ IDENTIFIERS = tuple(_TERMS)
 
 # Licences of models that the Hub knows as `other` with this `license_name`; their terms pass on.
 NAMED = tuple(
-    (
-        "deepseek deepseek-license qwen qwen-research tongyi-qianwen tongyi-qianwen-research nvidia-open-model-license mrl mnpl "
-        "falcon-llm-license falcon-180b-license stabilityai-ai-community stabilityai-nc-research-community yi-license "
-        "flux-1-dev-non-commercial-license jamba-open-model-license health-ai-developer-foundations tencent-hunyuan-community "
-        "glm-4 exaone lfm1.0"
-    ).split()
+    name
+    for line in (
+        "deepseek deepseek-license qwen qwen-research tongyi-qianwen tongyi-qianwen-research",
+        "nvidia-open-model-license mrl mnpl falcon-llm-license falcon-180b-license stabilityai-ai-community",
+        "stabilityai-nc-research-community yi-license flux-1-dev-non-commercial-license jamba-open-model-license",
+        "health-ai-developer-foundations tencent-hunyuan-community glm-4 exaone lfm1.0",
+    )
+    for name in line.split()
 )
 
-# A work under the key may also be passed on under these: section 4b of CC BY-SA 3.0 and the list of compatible licences of
-# Creative Commons, section 3 of LGPL 2.1, LGPL 3.0, section 3.3 of MPL 2.0, section 7 of EPL 1.0, the appendix of the EUPL.
+# A work under the key may also be passed on under these: section 4b of CC BY-SA 3.0 and the list of compatible
+# licences of Creative Commons, section 3 of LGPL 2.1, LGPL 3.0, section 3.3 of MPL 2.0, section 7 of EPL 1.0, the
+# appendix of the EUPL.
 LATER = {
     "cc-by-sa-3.0": "cc-by-sa-4.0",
     "cc-by-sa-4.0": "gpl-3.0",
@@ -85,8 +90,8 @@ class Licence:
         identifier: the Hub's `license:`.
         name: `license_name:`; None unless the identifier is `other`.
         link: `license_link:`; None unless the identifier is `other`.
-        notes: what is not known and what is asked of the publisher and the user, one plain sentence or two each. They quote names of
-            data sets as they came: a card escapes them.
+        notes: what is not known and what is asked of the publisher and the user, one plain sentence or two each. They
+            quote names of data sets as they came: a card escapes them.
 
     Example:
         >>> Licence("mit").notes
@@ -110,20 +115,22 @@ def resolve(
 ) -> Licence:
     """Returns the licence that a card may state, with warnings and obligations, or refuses a known contradiction.
 
-    - `own` stated: it is kept or refused, never replaced. Where the base's or the data's licence is not known it is kept with a
-      warning: it is the owner's word.
-    - `own` None: the base's licence if that asks for the same one (share-alike, or the terms of a named model), since no
-      other is allowed; else `other` with a warning that says how to state one. A permissive base leaves the choice to the
-      owner, and copying its licence, as other tools do, would be a guess in the owner's name.
+    - `own` stated: it is kept or refused, never replaced. Where the base's or the data's licence is not known it is
+      kept with a warning: it is the owner's word.
+    - `own` None: the base's licence if that asks for the same one (share-alike, or the terms of a named model), since
+      no other is allowed; else `other` with a warning that says how to state one. A permissive base leaves the choice
+      to the owner, and copying its licence, as other tools do, would be a guess in the owner's name.
     - Base: forbids derived works: refused, an adapter too. Asks for the same licence: `own` is that or a compatible
       later one. Forbids commercial use: so does `own`.
-    - Data: forbids commercial use, or derived works: so does `own`. Share-alike is a note, since it is not settled that it
-      binds weights. A base that asks for a licence which permits commercial use and data that forbid it refuse each other.
-    - `own` is `other`: the text of that licence is not known here, so what it has to say becomes a note and nothing is refused but a
-      base without derived works.
+    - Data: forbids commercial use, or derived works: so does `own`. Share-alike is a note, since it is not settled
+      that it binds weights. A base that asks for a licence which permits commercial use and data that forbid it
+      refuse each other.
+    - `own` is `other`: the text of that licence is not known here, so what it has to say becomes a note and nothing
+      is refused but a base without derived works.
 
     Args:
-        own: the Hub's identifier of the licence the publisher chose, or the `license_name` of the base's; None: none stated.
+        own: the Hub's identifier of the licence the publisher chose, or the `license_name` of the base's; None: none
+            stated.
         base: the base's identifier or, where that is `other`, its `license_name`; None: not known.
         datasets: name of a data set -> the identifier of its licence; None: not known.
         adapter: True if the weights of the base are no part of what is published.
@@ -196,17 +203,17 @@ def _check_base_and_data(own: str | None, base: str | None, data: Mapping[str, s
     if asks == "none":
         what = "an adapter made for it" if adapter else "a model made from it"
         raise LicenceError(
-            f"the base's licence {_quoted(base)} permits no derived works, so {what} cannot be published. Choose another "
-            "base, or ask its owner."
+            f"the base's licence {_quoted(base)} permits no derived works, so {what} cannot be published. "
+            "Choose another base, or ask its owner."
         )
     if asks != "same" or not commercial or own == "other":
         return
     for dataset, licence in data.items():
         if licence is not None and (_rule(licence)[0] == "none" or not _rule(licence)[1]):
             raise LicenceError(
-                f"the base's licence {_quoted(base)} has to be kept and permits what {_quoted(licence)} of the data {_quoted(dataset)} "
-                'forbids. No listed licence fits both: train on other data, choose another base, or state "other" with a text '
-                "of your own that keeps both."
+                f"the base's licence {_quoted(base)} has to be kept and permits what {_quoted(licence)} of the data "
+                f"{_quoted(dataset)} forbids. No listed licence fits both: train on other data, choose another base, "
+                'or state "other" with a text of your own that keeps both.'
             )
 
 
@@ -233,13 +240,15 @@ def _check_own(own: str, base: str | None, data: Mapping[str, str | None]) -> No
         data_asks, data_commercial = _rule(licence)
         if not data_commercial and commercial:
             raise LicenceError(
-                f"the licence {_quoted(own)} permits commercial use, {_quoted(licence)} of the data {_quoted(dataset)} does not. "
-                f"State a licence that forbids it, such as {_quoted(licence)}, or train on other data."
+                f"the licence {_quoted(own)} permits commercial use, {_quoted(licence)} of the data "
+                f"{_quoted(dataset)} does not. State a licence that forbids it, such as {_quoted(licence)}, or train "
+                "on other data."
             )
         if data_asks == "none" and asks != "none":
             raise LicenceError(
-                f"the licence {_quoted(own)} permits derived works, {_quoted(licence)} of the data {_quoted(dataset)} does not. "
-                f"State a licence that forbids them, such as {_quoted(licence)}, or train on other data."
+                f"the licence {_quoted(own)} permits derived works, {_quoted(licence)} of the data "
+                f"{_quoted(dataset)} does not. State a licence that forbids them, such as {_quoted(licence)}, or train "
+                "on other data."
             )
 
 
@@ -290,6 +299,6 @@ def _open_notes(base: str | None, data: Mapping[str, str | None]) -> list[str]:
     known = [licence for licence in (base, *data.values()) if licence is not None]
     if any(_rule(licence)[0] == "same" or not _rule(licence)[1] for licence in known):
         return [
-            "The licence of this model has to keep all that the licences named here ask for; nothing has checked that it does."
+            "The licence of this model has to keep all that the licences named here ask for; nothing has checked it."
         ]
     return []

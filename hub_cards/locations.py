@@ -19,7 +19,9 @@ EMAIL, PATH = "e-mail address", "absolute path"
 _ADDRESS = re.compile(
     r"(?P<local>[\w.%+'-]{1,64})@(?P<host>(?:[\w-]{1,63}\.)+(?P<top>[^\W\d_]{2,24}|xn--[\w-]+))(?![\w@])"
 )
-_NO_TOP = frozenset("png jpg jpeg gif svg webp json txt yaml yml csv bin js css html safetensors".split())
+_NO_TOP = frozenset(
+    {"png", "jpg", "jpeg", "gif", "svg", "webp", "json", "txt", "yaml", "yml", "csv", "bin", "js", "css", "html"}
+)
 
 # Folders at the root of a file system that are no part of a web site.
 _ROOTS = (
@@ -28,7 +30,8 @@ _ROOTS = (
 )
 _MACHINE = re.compile(rf"/(?:{_ROOTS})/")
 # The slash comes first, so that the search is one for a letter; what stands before it decides whether a path begins.
-_POSIX = re.compile(r"/(?<![\w./\\~<@$#!%*?\])}^|+&-]/)(?P<parts>(?:[\w.@+-][\w.@+~%=-]*/)+[\w.@+-][\w.@+~%=-]*)")
+_POSIX = re.compile(r"/(?<![\w./\\~$#%?\])}^]/)(?:[\w.@+-][\w.@+~%=-]*/)+[\w.@+-][\w.@+~%=-]*")
+_PERSONAL = re.compile(r"/(?:home|Users|root|mnt|Volumes)/")
 _NO_PATH = re.compile(
     r"/(?:path/to\b|dev/(?:null|zero|u?random|std(?:in|out|err)|tty|shm)\b|(?:api|v\d+)/|(?:\d+/)+\d+$)"
 )
@@ -74,7 +77,8 @@ def find_paths(text: str) -> Iterator[Hit]:
     r"""Yields the absolute paths of `text`: POSIX, Windows, network shares, `file:` URLs and home folders.
 
     Example:
-        >>> [text[hit.start : hit.end] for text in ["see /home/ada/x", r"C:\Users\ada", "~/x"] for hit in find_paths(text)]
+        >>> texts = ["see /home/ada/x", r"C:\Users\ada", "~/x"]
+        >>> [text[hit.start : hit.end] for text in texts for hit in find_paths(text)]
         ['/home/ada/x', 'C:\\Users\\ada', '~/x']
         >>> list(find_paths("org/name, and/or, 1/2/3, https://x.org/a/b, </p>, [link](/docs/hub), $f:\\R\\to\\R$"))
         []
@@ -83,7 +87,7 @@ def find_paths(text: str) -> Iterator[Hit]:
         whole = match[0].rstrip(".,")
         if _NO_PATH.match(whole):
             continue
-        if not _MACHINE.match(whole) and _LINK.search(text, max(0, match.start() - 20), match.start()):
+        if not _PERSONAL.match(whole) and _is_part(text, match.start(), is_machine=bool(_MACHINE.match(whole))):
             continue
         yield Hit(match.start(), match.start() + len(whole), PATH)
     if "~" in text:
@@ -92,13 +96,13 @@ def find_paths(text: str) -> Iterator[Hit]:
             if match["user"] is None or match["more"] or is_value:
                 yield Hit(*match.span(), PATH)
     for at in starts_of(text, (":\\", ":/")):
-        if (match := _DRIVE.match(text, max(0, at - 1))) and _is_drive_path(match):
-            yield Hit(*match.span(), PATH)
-        elif match := _FILE_URL.match(text, max(0, at - 4)):
-            yield Hit(*match.span(), PATH)
+        if (drive := _DRIVE.match(text, max(0, at - 1))) and _is_drive_path(drive):
+            yield Hit(*drive.span(), PATH)
+        elif url := _FILE_URL.match(text, max(0, at - 4)):
+            yield Hit(*url.span(), PATH)
     for at in starts_of(text, ("\\\\",)):
-        if (match := _SHARE.match(text, at)) and not _FORMULA.search("\\" + match[0].lstrip("\\")):
-            yield Hit(*match.span(), PATH)
+        if (share := _SHARE.match(text, at)) and not _FORMULA.search("\\" + share[0].lstrip("\\")):
+            yield Hit(*share.span(), PATH)
 
 
 def find_homes(text: str) -> Iterator[Hit]:
@@ -110,6 +114,14 @@ def find_homes(text: str) -> Iterator[Hit]:
     """
     if any(needle in text for needle in ("/home/", "/Users/", "/root/", "\\Users", ":/Users")):
         yield from (Hit(*match.span(), PATH) for match in _HOME_IN_VOCABULARY.finditer(text))
+
+
+def _is_part(text: str, at: int, *, is_machine: bool) -> bool:
+    """Returns whether the path at `at` goes on a word: a tag, a pattern, a URL, a link to the root of a site."""
+    before = re.split(r"[\s\"'`(]", text[max(0, at - 300) : at])[-1]
+    if before[-1:] in tuple("<@*|+&!-") or "://" in before:
+        return True
+    return not is_machine and bool(_LINK.search(text, max(0, at - 20), at))
 
 
 def _is_drive_path(match: re.Match[str]) -> bool:

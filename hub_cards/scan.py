@@ -67,8 +67,8 @@ class SecretFoundError(ValueError):
         super().__init__(
             f"{what} in the files to be published:\n"
             + "\n".join(f"  {finding}" for finding in self.findings)
-            + "\nExpected no tokens, keys, e-mail addresses, absolute paths or pickles. Nothing was uploaded. Remove them; "
-            "a token that was real may have been seen by others, so rotate it. "
+            + "\nExpected no tokens, keys, e-mail addresses, absolute paths or pickles. Nothing was uploaded. "
+            "Remove them; a token that was real may have been seen by others, so rotate it. "
             "Pass allow=[...] with the exact string for one that may be public."
         )
 
@@ -101,11 +101,11 @@ def scan(files: Mapping[str, Path | bytes], *, allow: Iterable[str] = ()) -> lis
     r"""Returns what must not be published of `files`, in the order of the files and their lines.
 
     Tokens and keys of providers, passwords, e-mail addresses and absolute paths, in texts of any usual encoding, under
-    escapes, base64 and hexadecimal digits; in the names of the files, in the header of safetensors files and in the text chunks
-    of PNG pictures. A pickle under any name is a finding, and so is a text that cannot be decoded.
+    escapes, base64 and hexadecimal digits; in the names of the files, in the header of safetensors files and in the
+    text chunks of PNG pictures. A pickle under any name is a finding, and so is a text that cannot be decoded.
 
-    In vocabularies (`vocab.txt`, `vocab.json`, `merges.txt`, and these two parts of `tokenizer.json`) the only paths that count
-    are home folders: the vocabulary of a code model holds `/usr/local`.
+    In vocabularies (`vocab.txt`, `vocab.json`, `merges.txt`, and these two parts of `tokenizer.json`) the only paths
+    that count are home folders: the vocabulary of a code model holds `/usr/local`.
 
     Args:
         files: name in the repository -> the file or its bytes.

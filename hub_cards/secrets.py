@@ -1,8 +1,8 @@
 """What a secret looks like: the table of token formats. `hub_cards.detect` reads it.
 
 The formats are facts published by the providers: their documentation, GitHub's list of supported secrets, the
-rules of gitleaks and detect-secrets. Lengths are lower bounds on purpose: providers lengthen their tokens more often than
-they shorten them, and a cut token is still worth a look.
+rules of gitleaks and detect-secrets. Lengths are lower bounds on purpose: providers lengthen their tokens more often
+than they shorten them, and a cut token is still worth a look.
 """
 
 import re
@@ -41,7 +41,7 @@ class Shape(NamedTuple):
 
 
 def tails(*words: str) -> tuple[str, ...]:
-    """Returns each of `words` without its first letter, in lower and in upper case: `oken` is in `token` and in `Token`.
+    """Returns each of `words` without its first letter, in lower and in upper case: `oken` is in `Token` too.
 
     Example:
         >>> tails("token")
@@ -75,7 +75,7 @@ TOKENS = (
     Token("RunPod key", "rpa_"),
     Token("Anyscale key", "esecret_ aph0_"),
     Token("ElevenLabs key", "sk_", HEX, 40),
-    # Experiment trackers: W&B's new keys carry a version, the old ones are 40 hex digits (see CONTEXT); Kaggle since 2025.
+    # Experiment trackers: W&B's new keys carry a version, the old ones are 40 hex digits (SHAPES).
     Token("Weights & Biases key", "wandb_v1_"),
     Token("Kaggle token", "KGAT_"),
     Token("Neptune token", "eyJhcGlfYWRkcmVzcyI6", BASE64),  # base64 of {"api_address":
@@ -83,7 +83,8 @@ TOKENS = (
     Token("GitHub token", "ghp_ gho_ ghu_ ghs_ ghr_ github_pat_"),
     Token(
         "GitLab token",
-        "glpat- gldt- glrt- glrtr- glcbt- glptt- glft- glimt- glagent- gloas- glsoat- glffct- glwt- GR1348941 _gitlab_session=",
+        "glpat- gldt- glrt- glrtr- glcbt- glptt- glft- "
+        "glimt- glagent- gloas- glsoat- glffct- glwt- GR1348941 _gitlab_session=",
         DOTTED,
     ),
     Token("Bitbucket token", "ATBB ATCTT3", DOTTED, 24),
@@ -139,7 +140,8 @@ TOKENS = (
     Token("Razorpay key", "rzp_live_ rzp_test_", ALNUM, 12),
     Token("Flutterwave key", "FLWSECK- FLWSECK_TEST- FLWPUBK-"),
     Token("Facebook token", "EAAC EAAB EAAG", ALNUM, 40),
-    # Package registries: npm and PyPI (a macaroon: base64 of a fixed head), RubyGems, Docker, NuGet, crates.io, Artifactory.
+    # Package registries: npm and PyPI (a macaroon: base64 of a fixed head), RubyGems, Docker, NuGet, crates.io,
+    # Artifactory.
     Token("npm token", "npm_", ALNUM),
     Token("PyPI token", "pypi-AgE"),
     Token("RubyGems key", "rubygems_"),
@@ -182,7 +184,8 @@ TOKENS = (
     # Private keys without their frame: the base64 of the fixed head of PKCS#1, PKCS#8, SEC1, Ed25519 and OpenSSH keys.
     Token(
         "private key",
-        "AGE-SECRET-KEY-1 AGE-SECRET-KEY-PQ-1 MIIEvQIBADANBgkqhkiG MIIEvgIBADANBgkqhkiG MIIEpAIBAAKCAQEA MIIEowIBAAKCAQEA "
+        "AGE-SECRET-KEY-1 AGE-SECRET-KEY-PQ-1 "
+        "MIIEvQIBADANBgkqhkiG MIIEvgIBADANBgkqhkiG MIIEpAIBAAKCAQEA MIIEowIBAAKCAQEA "
         "MIIJKQIBAAKCAgEA MIIJQgIBADANBgkqhkiG MHcCAQEEI MIGHAgEAMBMGByqGSM49 MC4CAQAwBQYDK2Vw b3BlbnNzaC1rZXktdjE",
         BASE64,
     ),
@@ -228,7 +231,8 @@ SHAPES = (
         "Weights & Biases key",
         tails("wandb"),
         re.compile(
-            rf"(?i:wandb){_NO_VERSION}[\w.()]{{0,24}}[\s\"':=,(]{{1,8}}(?:login\s+)?(?:key=)?([0-9a-f]{{40}})(?!\w)"
+            rf"(?i:wandb){_NO_VERSION}[\w.()]{{0,24}}[\s\"':=,(]{{1,8}}"
+            rf"(?:(?:api|key|token|login|is)[\s=:]+){{0,3}}([0-9a-f]{{40}})(?!\w)"
         ),
     ),
     Shape(
@@ -254,14 +258,14 @@ URL_LOGIN = re.compile(
 
 # The name of a secret ENDS in one of these: `hub_token`, but not `tokenizer`, `token_type_ids` or `tokens_seen`.
 _SECRET_NAME = (
-    r"(?:pass(?:wd|word|phrase|code)|pwd|token|secret|credentials?|authorization|bearer|cookie|connection[_-]?string"
+    r"(?:pass(?:wd|word|phrase|code)|pwd|token|secret|credentials?|auth|authorization|bearer|cookie|connection[_-]?string"
     r"|(?:api|app|auth|access|account|private|secret|client|master|signing|encryption|subscription|service|shared|deploy"
     r"|kaggle)[_-]?key(?:[_-]?(?:base64|base|value|json))?)(?:_?\d{1,2})?"
 )
 NAME_NEEDLES = (
     "pwd",
     "PWD",
-    *tails("pass", "token", "secret", "credential", "authoriz", "bearer", "cookie", "key", "connection"),
+    *tails("pass", "token", "secret", "credential", "auth", "bearer", "cookie", "key", "connection"),
 )
 ASSIGNMENT = re.compile(
     rf"""(?ix)(?P<name>[\w.-]{{0,60}}?{_SECRET_NAME}) ["'`\]]{{0,3}} [ \t]*
@@ -278,6 +282,7 @@ WORDISH = re.compile(
     r"|[A-Z]{2,5}[a-z]{2,12}"
 )
 PLACEHOLDER = re.compile(
-    r"(?i)[x0*.#?_-]+|<.*>?|\[.*\]|\$\{.*|\$\(.*|\$[A-Z_]+|\{.*|%\w+%|@\w+@|.*\.\.\..*|.*…|your[-_ ].*|changeme.*|redacted.*"
+    r"(?i)[x0*.#?_-]+|<.*>?|\[.*\]|\$\{.*|\$\(.*|\$[A-Z_]+|\{.*"
+    r"|%\w+%|@\w+@|.*\.\.\..*|.*…|your[-_ ].*|changeme.*|redacted.*"
     r"|example.*|placeholder.*|dummy.*|os\.environ.*|os\.getenv.*|getpass.*|env[.:].*|secrets\..*|self\..*|args\..*"
 )

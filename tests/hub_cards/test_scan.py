@@ -28,7 +28,7 @@ ALNUM, HEX, UPPER = string.ascii_letters + string.digits, "0123456789abcdef", st
 WORD = ALNUM + "_-"
 ROOT = Path(__file__).parents[2]
 
-# kind -> the parts of a token and the characters of its body. No token is written in this file: a scanner would trip on it.
+# kind -> the parts of a token and the characters of its body. No token stands in this file: a scanner would trip on it.
 TOKENS = {
     "hugging face": (("hf", "_"), ALNUM, 34),
     "hugging face, organisation": (("api", "_org_"), ALNUM, 34),
@@ -107,7 +107,7 @@ MAIL = "ada" + "@" + "lovelace.org"
 
 # What gives itself away by its frame and not by a prefix of the provider.
 FRAMED = {
-    "private key": "-----BEGIN " + "RSA PRIVATE KEY-----\n" + body("pem", ALNUM, 64) + "\n-----END " + "RSA PRIVATE KEY-----",
+    "private key": "-----BEGIN " + "RSA PRIVATE KEY-----\n" + body("pem", ALNUM, 64) + "\n-----END RSA PRIVATE KEY-----",
     "openssh key": "-----BEGIN " + "OPENSSH PRIVATE KEY-----",
     "pgp key": "-----BEGIN " + "PGP PRIVATE KEY BLOCK-----",
     "encrypted key": "-----BEGIN " + "ENCRYPTED PRIVATE KEY-----",
@@ -123,8 +123,11 @@ FRAMED = {
     "together": "TOGETHER_API" + "_KEY=" + body("together", HEX, 64),
     "client secret": '"client' + '_secret": "' + body("client", ALNUM, 32) + '"',
     "bearer": "Authorization" + ": Bearer " + body("bearer", ALNUM, 40),
+    "auth": '"auth": "' + base64.b64encode(b"ada:hunter2!pw").decode() + '"',
+    "basic": "authorization" + ": Basic " + base64.b64encode(b"ada:hunter2!pw").decode(),
     "option": "python train.py --hub_" + "token " + body("option", ALNUM, 34),
     "wandb login": "wandb login " + body("wandb", HEX, 40),
+    "wandb in prose": "my wandb key is " + body("wandb", HEX, 40),
     "kaggle.json": '{"username": "ada", "ke' + 'y": "' + body("kaggle", HEX, 32) + '"}',
     "heroku": "HEROKU_" + "API_KEY=" + "01234567-89ab-4cde-8f01-23456789abcd",
     "discord": "M" + body("discord", ALNUM, 23) + "." + body("d2", ALNUM, 6) + "." + body("d3", ALNUM, 38),
@@ -138,6 +141,8 @@ FRAMED = {
     "root": "/root/" + "x",
     "mount": "/mnt/" + "disk1/data",
     "temporary": "/tmp/" + "run7",
+    "home, in bold": "**/home/" + "ada/x**",
+    "home, in a query": "http://localhost/?file=/home/" + "ada/x",
     "general path": "base: /scratch-a/" + "group/models",
     "windows": "C:\\Users\\" + "ada\\models",
     "windows, doubled": "C:\\\\Users\\\\" + "ada\\\\models",
@@ -181,8 +186,7 @@ ENCODINGS = {
     "utf-16-be": lambda s: s.encode("utf-16-be"),
     "utf-32": lambda s: s.encode("utf-32"),
     "latin-1": lambda s: ("é " + s).encode("latin-1"),
-    "json escapes": lambda s: json.dumps("".join(f"<{c}>" for c in s)).replace("<", "\\u%04x").encode()
-    and ('"' + "".join(f"\\u{ord(c):04x}" for c in s) + '"').encode(),
+    "json escapes": lambda s: ('"' + "".join(f"\\u{ord(c):04x}" for c in s) + '"').encode(),
     "yaml escapes": lambda s: ('"' + "".join(f"\\x{ord(c):02x}" for c in s) + '"').encode(),
     "escapes of escapes": lambda s: json.dumps("".join(f"\\u{ord(c):04x}" for c in s)).encode(),
     "octal": lambda s: "".join(f"\\{ord(c):03o}" for c in s).encode(),
@@ -257,9 +261,8 @@ def test_binary_files(tmp_path: Path) -> None:
     assert kinds(named, "model.safetensors") == ["Hugging Face token"]
     path = tmp_path / "model.safetensors"
     path.write_bytes(planted)
-    assert [str(finding) for finding in scan({"model.safetensors": path})][0].startswith(
-        "model.safetensors: absolute path: "
-    )
+    (finding,) = scan({"model.safetensors": path})
+    assert str(finding).startswith("model.safetensors: absolute path: ")
     for broken in (
         b"",
         b"abc",
@@ -358,7 +361,7 @@ def test_allow() -> None:
 
 
 def test_files_are_paths_or_bytes(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="`a` is a str, expected a pathlib.Path or bytes"):
+    with pytest.raises(TypeError, match=r"`a` is a str, expected a pathlib\.Path or bytes"):
         scan({"a": "text"})  # type: ignore[dict-item]
     with pytest.raises(FileNotFoundError):
         scan({"a": tmp_path / "none"})
@@ -384,26 +387,31 @@ BENIGN = [
     "sk-learn, sk-model-compression-and-pruning, task-specific-adapters-2024, risk-adjusted",
     "hf_hub_download hf_model_name_or_path hf_transfer_enabled_2024 hf_quantizer HF_HUB_DISABLE_TELEMETRY",
     "npm_config_registry pypi- pypi-AgE api_org_ ghp_ gho_xxx key-value-memory-networks-for-dialogue",
-    "glpat- ya29 AIza AKIA SG.state.dict pat hvs. dapi secret_sauce secret_ingredient_of_the_model fw_version_compatibility",
-    '{"eos_token": "<|endoftext|>", "pad_token": "[PAD]", "unk_token": "<unk>", "hub_token": null, "token_type_ids": [0, 1]}',
-    '{"additional_special_tokens": ["<extra_id_0>"], "tokenizer_class": "PreTrainedTokenizerFast", "pad_token_id": 50256}',
-    '{"hub_token": "<HUB_TOKEN>", "api_key": "", "password": "", "token": "xxx", "secret": "${SECRET}", "auth_token": false}',
+    "glpat- ya29 AIza AKIA SG.state.dict pat hvs. dapi secret_sauce",
+    "secret_ingredient_of_the_model fw_version_compatibility",
+    '{"eos_token": "<|endoftext|>", "pad_token": "[PAD]", "unk_token": "<unk>", "hub_token": null}',
+    '{"additional_special_tokens": ["<extra_id_0>"], "tokenizer_class": "PreTrainedTokenizerFast", "token_type_ids": 0}',
+    '{"hub_token": "<HUB_TOKEN>", "api_key": "", "password": "", "token": "xxx", "secret": "${SECRET}"}',
     "export HF_TOKEN=$HF_TOKEN; password: your_password; api_key=os.environ['API_KEY']; token: {{ secrets.HF_TOKEN }}",
     "hf_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx sk-xxxxxxxxxxxxxxxxxxxxxxxx sk-... hf_... Authorization: Bearer $HF_TOKEN",
     "password: a string of at least eight characters. token: the token of the user, read from the keyring.",
     "sha256:" + body("sha", HEX, 64) + " revision " + body("git", HEX, 40) + " wandb_run_id: " + body("run", HEX, 8),
     '{"base_model_sha": "' + body("b", HEX, 40) + '", "tokens_sha256": "' + body("c", HEX, 64) + '"}',
     "mistralai/Mistral-7B-Instruct-v0.3@" + body("m", HEX, 40) + " wandb_commit: " + body("w", HEX, 40),
-    "you@example.com, root@localhost, a@b.test, git@github.com:org/repo.git, @dataclass, mAP@50.large, logo@2x.png, org/model@v1.0",
-    "and/or, 1/2/3, 2024/01/02, 3/4, km/h, n/a, org/name, bert-base/uncased, ./a/b, ../a/b, a/b/c/d.json, <p>x</p></div>",
+    "you@example.com, root@localhost, a@b.test, git@github.com:org/repo.git, @dataclass, mAP@50.large",
+    "logo@2x.png, org/model@v1.0, torch@2.6.0",
+    "and/or, 1/2/3, 2024/01/02, 3/4, km/h, n/a, org/name, bert-base/uncased, ./a/b, ../a/b, a/b/c/d.json",
+    "<p>x</p></div>",
     "https://huggingface.co/org/name/resolve/main/x.json http://localhost:8000/v1/chat s3://bucket/a/b hf://datasets/org/name",
-    "[docs](/docs/hub/models) <a href='/docs/hub'>x</a> <img src=\"/assets/a/b.png\"> POST /api/models/x and /v1/chat/completions",
+    "[docs](/docs/hub/models) <a href='/docs/hub'>x</a> <img src=\"/assets/a/b.png\"> POST /api/models/x",
+    "/api/models/x and /v1/chat/completions",
     "$f:\\R\\to\\R$, $x \\in \\mathbb{R}^d$, $a/b/c$, \\\\ \\hline \\\\begin{tabular} \\alpha\\beta, \\frac{1}{2}",
     "#!/usr/bin/env python, > /dev/null 2>&1, cp /path/to/model /path/to/output, ~5/6, ~10 km/h, a ~ b",
-    '{"pattern": {"Regex": "(?i:\'s|\'t)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|\\\\p{N}{1,3}| ?[^\\\\s]+[\\\\r\\\\n/]*|\\\\s+(?!\\\\S)"}}',
-    '{"chat_template": "{% for m in messages %}{{ \'<|im_start|>\' + m[\'role\'] + \'\\n\' + m[\'content\'] + \'<|im_end|>\' + \'\\n\' }}{% endfor %}"}',
+    json.dumps({"Regex": r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)"}),
+    json.dumps({"chat_template": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}/think\n/no_think{% endfor %}"}),
     "machine learning login password: the machine has a login. bearer of good news. basic transformers_models_training",
-    "self.cross_attn_image_to_token = Sam3TrackerVideoAttention; self.token = SamHQAttention; token = AutoTokenizer.from_pretrained(x)",
+    "self.cross_attn_image_to_token = Sam3TrackerVideoAttention; token = SamHQAttention",
+    "token = AutoTokenizer.from_pretrained(x); x_token = Sam2Attention",
     "![curve](data:image/png;base64," + base64.b64encode(png()).decode() + ")",
     "data:image/png;base64," + base64.b64encode(random.Random(0).randbytes(30_000)).decode(),
     "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE----- -----BEGIN PUBLIC KEY-----",
@@ -456,14 +464,12 @@ def test_a_vocabulary_may_hold_paths_but_no_homes_no_tokens_and_no_addresses() -
     assert kinds('{"vocab": {"/usr/' + 'local/x": 1}}', "config.json") == ["absolute path"]
 
 
-def test_a_tokenizer_of_a_real_size_takes_seconds(benchmark_seconds: float = 30.0) -> None:
-    """A guard against a search that is quadratic, or slow for each character; the usual time is two to five seconds."""
+def test_a_token_is_found_among_the_pieces_of_a_real_vocabulary() -> None:
     source = random.Random(0)
-    words = {
-        "".join(source.choices("abcdefghijklmnopqrstuvwxyzé", k=source.randint(2, 14))): index
-        for index in range(60_000)
-    }
-    text = json.dumps(
-        {"model": {"vocab": words, "merges": [[word[:1], word[1:]] for word in words]}, "x": HUB}, indent=1
-    )
-    assert kinds(text, "tokenizer.json") == ["Hugging Face token"]
+    letters = "abcdefghijklmnopqrstuvwxyzé"
+    words = {"".join(source.choices(letters, k=source.randint(2, 14))): index for index in range(60_000)}
+    tokenizer = {"model": {"vocab": words, "merges": [[word[:1], word[1:]] for word in words]}, "x": HUB}
+    for is_ascii in (True, False):
+        text = json.dumps(tokenizer, indent=1, ensure_ascii=is_ascii)
+        (finding,) = scan({"tokenizer.json": text.encode()})
+        assert finding.line == text.count("\n")
