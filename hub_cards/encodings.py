@@ -35,7 +35,8 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/_-]{20,}(?:[\r\n\v]{1,2}[ \t]*[A-Za-z0-9+/_-]
 _HEX = re.compile(r"[0-9a-fA-F]{32,}")
 _BASE32 = re.compile(r"[A-Z2-7]{26,}")
 _BYTES = re.compile(r"(?<![0-9a-fA-F])(?:(?:0x)?[0-9a-fA-F]{2}[ ,:;-]{1,2}){15,}(?:0x)?[0-9a-fA-F]{2}")
-_LONG = 2_000_000  # characters; beyond, lists of single bytes are not looked for: that search alone would take seconds
+LONG = 2_000_000  # characters; beyond, lists of single bytes are not looked for: that search alone would take seconds
+_AROUND = 300  # characters before and after a change that are searched again
 _PRINTABLE = re.compile(rb"[\t\n\r\x20-\x7e]{12,}")
 
 
@@ -87,6 +88,27 @@ class View:
         if self._source is None:
             return start, end
         return self._source.origin(self._back(start, first=True), self._back(end, first=False))
+
+    def changed(self) -> list[tuple[int, int]]:
+        """Returns the stretches of the text in which something can be found that the source did not show.
+
+        These are the changed places with what stands around them; all of the text where there is no source.
+
+        Example:
+            >>> view = list(views("%68f_" + " " * 1000 + "%41"))[-1]
+            >>> view.changed()
+            [(0, 301), (703, 1004)]
+        """
+        if self._source is None:
+            return [(0, len(self.text))]
+        stretches: list[tuple[int, int]] = []
+        for here, here_end, _, _ in self._cuts:
+            low, high = max(0, here - _AROUND), min(len(self.text), here_end + _AROUND)
+            if stretches and low <= stretches[-1][1]:
+                stretches[-1] = stretches[-1][0], high
+            else:
+                stretches.append((low, high))
+        return stretches
 
     def _back(self, at: int, *, first: bool) -> int:
         index = bisect_right(self._starts, at if first else at - 1) - 1
@@ -175,7 +197,7 @@ def packed(text: str) -> Iterator[Packed]:
             )
         for digits in _BASE32.findall(letters):
             yield from _readable(run.span(), _base32(digits))
-    for run in _BYTES.finditer(text) if len(text) < _LONG else ():
+    for run in _BYTES.finditer(text) if len(text) < LONG else ():
         yield from _readable(run.span(), bytes.fromhex(re.sub("0x|[ ,:;-]", "", run[0])))
 
 

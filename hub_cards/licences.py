@@ -7,6 +7,7 @@ lawyer where it matters.
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -41,8 +42,7 @@ _TABLE = {
 }
 _TERMS = {identifier: terms for terms, names in _TABLE.items() for identifier in names.split()}
 
-IDENTIFIERS = tuple(_TERMS)
-"""Every value that the Hub takes for `license:`."""
+IDENTIFIERS = tuple(_TERMS)  # every value that the Hub takes for `license:`
 
 # Licences of models that the Hub knows as `other` with this `license_name`; their terms pass on.
 NAMED = tuple(
@@ -56,6 +56,7 @@ NAMED = tuple(
     for name in line.split()
 )
 
+_NAMED_NON_COMMERCIAL = re.compile("-nc-|non-commercial|research|mnpl|mrl|exaone")
 # A work under the key may also be passed on under these: section 4b of CC BY-SA 3.0 and the list of compatible
 # licences of Creative Commons, section 3 of LGPL 2.1, LGPL 3.0, section 3.3 of MPL 2.0, section 7 of EPL 1.0, the
 # appendix of the EUPL.
@@ -74,12 +75,7 @@ LATER = {
 
 
 class LicenceError(ValueError):
-    """Raised for a licence that contradicts the base's or the data's, and for an identifier the Hub does not know.
-
-    Example:
-        >>> issubclass(LicenceError, ValueError)
-        True
-    """
+    """Raised for a licence that contradicts the base's or the data's, and for an identifier the Hub does not know."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +86,7 @@ class Licence:
         identifier: the Hub's `license:`.
         name: `license_name:`; None unless the identifier is `other`.
         link: `license_link:`; None unless the identifier is `other`.
-        notes: what is not known and what is asked of the publisher and the user, one plain sentence or two each. They
-            quote names of data sets as they came: a card escapes them.
+        notes: warnings and obligations, plain sentences. They quote names of data as they came: a card escapes them.
 
     Example:
         >>> Licence("mit").notes
@@ -188,7 +183,9 @@ def _known(licence: str | None) -> str | None:
 
 
 def _rule(licence: str) -> tuple[str, bool]:
-    return _TERMS.get(licence, ("same", "-nc-" not in licence) if licence in NAMED else ("open", True))
+    return _TERMS.get(
+        licence, ("same", not _NAMED_NON_COMMERCIAL.search(licence)) if licence in NAMED else ("open", True)
+    )
 
 
 def _quoted(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from hub_cards.contents import Problem, contents
 from hub_cards.detect import find_secrets, find_tokens
-from hub_cards.encodings import View, joined, packed, views
+from hub_cards.encodings import LONG, joined, packed, views
 from hub_cards.locations import EMAIL, PATH, find_emails, find_homes, find_paths
 
 _DEPTH = 3  # encodings inside encodings: base64 of base64 of a token is found
@@ -170,11 +170,19 @@ def _findings(shown: str, name: str, text: str, lines: bool, allowed: tuple[str,
 
 def _hits(text: str, depth: int) -> Iterator[_Hit]:
     """Yields all that is found in `text`, its escaped forms and what is encoded in it, at its place in `text`."""
-    view = View(text)
-    for view in views(text):
-        for finder in (find_secrets, find_emails, find_paths):
-            for hit in finder(view.text):
-                yield _Hit(*view.origin(hit.start, hit.end), hit.kind, view.text[hit.start : hit.end])
+    every = list(views(text))
+    view = every[-1]
+    if len(text) > LONG and len(every) > 1 and sum(high - low for low, high in every[1].changed()) > len(text) // 2:
+        del every[0]  # escapes all over a long text, as in a tokenizer.json in ASCII: it is read without them only
+    for layer in every:
+        for low, high in layer.changed():
+            part = layer.text[low:high]
+            for finder in (find_secrets, find_emails, find_paths):
+                for hit in finder(part):
+                    if low and hit.start == 0:
+                        continue  # it may have begun before the part, and was seen there
+                    start, end = layer.origin(low + hit.start, low + hit.end)
+                    yield _Hit(start, end, hit.kind, part[hit.start : hit.end])
     if (glued := joined(view)) is not None:
         for hit in find_tokens(glued.text):
             yield _Hit(*glued.origin(hit.start, hit.end), hit.kind, glued.text[hit.start : hit.end])

@@ -107,7 +107,7 @@ MAIL = "ada" + "@" + "lovelace.org"
 
 # What gives itself away by its frame and not by a prefix of the provider.
 FRAMED = {
-    "private key": "-----BEGIN " + "RSA PRIVATE KEY-----\n" + body("pem", ALNUM, 64) + "\n-----END RSA PRIVATE KEY-----",
+    "rsa key": "-----BEGIN " + "RSA PRIVATE KEY-----\n" + body("pem", ALNUM, 64) + "\n-----END RSA PRIVATE KEY-----",
     "openssh key": "-----BEGIN " + "OPENSSH PRIVATE KEY-----",
     "pgp key": "-----BEGIN " + "PGP PRIVATE KEY BLOCK-----",
     "encrypted key": "-----BEGIN " + "ENCRYPTED PRIVATE KEY-----",
@@ -390,7 +390,7 @@ BENIGN = [
     "glpat- ya29 AIza AKIA SG.state.dict pat hvs. dapi secret_sauce",
     "secret_ingredient_of_the_model fw_version_compatibility",
     '{"eos_token": "<|endoftext|>", "pad_token": "[PAD]", "unk_token": "<unk>", "hub_token": null}',
-    '{"additional_special_tokens": ["<extra_id_0>"], "tokenizer_class": "PreTrainedTokenizerFast", "token_type_ids": 0}',
+    '{"additional_special_tokens": ["<extra_id_0>"], "tokenizer_class": "PreTrainedTokenizer", "token_type_ids": 0}',
     '{"hub_token": "<HUB_TOKEN>", "api_key": "", "password": "", "token": "xxx", "secret": "${SECRET}"}',
     "export HF_TOKEN=$HF_TOKEN; password: your_password; api_key=os.environ['API_KEY']; token: {{ secrets.HF_TOKEN }}",
     "hf_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx sk-xxxxxxxxxxxxxxxxxxxxxxxx sk-... hf_... Authorization: Bearer $HF_TOKEN",
@@ -408,7 +408,7 @@ BENIGN = [
     "$f:\\R\\to\\R$, $x \\in \\mathbb{R}^d$, $a/b/c$, \\\\ \\hline \\\\begin{tabular} \\alpha\\beta, \\frac{1}{2}",
     "#!/usr/bin/env python, > /dev/null 2>&1, cp /path/to/model /path/to/output, ~5/6, ~10 km/h, a ~ b",
     json.dumps({"Regex": r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)"}),
-    json.dumps({"chat_template": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}/think\n/no_think{% endfor %}"}),
+    json.dumps({"chat_template": "{% for m in messages %}{{ '<|im_start|>' + m.role }}/think\n/no_think{% endfor %}"}),
     "machine learning login password: the machine has a login. bearer of good news. basic transformers_models_training",
     "self.cross_attn_image_to_token = Sam3TrackerVideoAttention; token = SamHQAttention",
     "token = AutoTokenizer.from_pretrained(x); x_token = Sam2Attention",
