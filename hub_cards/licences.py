@@ -7,9 +7,8 @@ lawyer where it matters.
 """
 
 import difflib
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 # What a licence asks of the licence of a work made from it:
 #   free         nothing but notices and credit
@@ -40,27 +39,32 @@ _TABLE = {
     ("none", False): "cc-by-nc-nd-3.0 cc-by-nc-nd-4.0",
     ("open", True): "cc unknown other",
 }
-_TERMS = {identifier: terms for terms, names in _TABLE.items() for identifier in names.split()}
-
-IDENTIFIERS = tuple(_TERMS)  # every value that the Hub takes for `license:`
-
 # Licences of models that the Hub knows as `other` with this `license_name`; their terms pass on.
-NAMED = tuple(
-    name
-    for line in (
-        "deepseek deepseek-license qwen qwen-research tongyi-qianwen tongyi-qianwen-research",
-        "nvidia-open-model-license mrl mnpl falcon-llm-license falcon-180b-license stabilityai-ai-community",
-        "stabilityai-nc-research-community yi-license flux-1-dev-non-commercial-license jamba-open-model-license",
-        "health-ai-developer-foundations tencent-hunyuan-community glm-4 exaone lfm1.0",
-    )
-    for name in line.split()
+_NAMED_TABLE = {
+    ("same", True): (
+        "deepseek deepseek-license qwen tongyi-qianwen nvidia-open-model-license falcon-llm-license "
+        "stabilityai-ai-community yi-license jamba-open-model-license health-ai-developer-foundations glm-4 lfm1.0 "
+        "tencent-hunyuan-community falcon-180b-license"
+    ),
+    ("same", False): (
+        "qwen-research tongyi-qianwen-research mrl mnpl stabilityai-nc-research-community exaone "
+        "flux-1-dev-non-commercial-license"
+    ),
+}
+_LISTED, _NAMED = (
+    {name: terms for terms, names in table.items() for name in names.split()} for table in (_TABLE, _NAMED_TABLE)
 )
+_TERMS = {**_NAMED, **_LISTED}
+IDENTIFIERS = tuple(_LISTED)  # every value that the Hub takes for `license:`
+NAMED = tuple(_NAMED)
 
-_NAMED_NON_COMMERCIAL = re.compile("-nc-|non-commercial|research|mnpl|mrl|exaone")
 # A work under the key may also be passed on under these: section 4b of CC BY-SA 3.0 and the list of compatible
 # licences of Creative Commons, section 3 of LGPL 2.1, LGPL 3.0, section 3.3 of MPL 2.0, section 7 of EPL 1.0, the
-# appendix of the EUPL.
+# appendix of the EUPL. A family of licences does not tell which member was meant, so each of them fits.
 LATER = {
+    "gpl": "gpl-2.0 gpl-3.0",
+    "lgpl": "lgpl-2.1 lgpl-3.0",
+    "openrail": "openrail++ bigscience-openrail-m creativeml-openrail-m bigcode-openrail-m",
     "cc-by-sa-3.0": "cc-by-sa-4.0",
     "cc-by-sa-4.0": "gpl-3.0",
     "cc-by-nc-sa-2.0": "cc-by-nc-sa-3.0 cc-by-nc-sa-4.0",
@@ -96,7 +100,7 @@ class Licence:
     identifier: str
     name: str | None = None
     link: str | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def resolve(
@@ -117,15 +121,12 @@ def resolve(
       to the owner, and copying its licence, as other tools do, would be a guess in the owner's name.
     - Base: forbids derived works: refused, an adapter too. Asks for the same licence: `own` is that or a compatible
       later one. Forbids commercial use: so does `own`.
-    - Data: forbids commercial use, or derived works: so does `own`. Share-alike is a note, since it is not settled
-      that it binds weights. A base that asks for a licence which permits commercial use and data that forbid it
-      refuse each other.
-    - `own` is `other`: the text of that licence is not known here, so what it has to say becomes a note and nothing
-      is refused but a base without derived works.
+    - Data: forbids commercial use, or derived works: so does `own`, and so must what the base asks for. Share-alike
+      is a note, since it is not settled that it binds weights.
+    - `own` is `other`: its text is not known here, so only a base without derived works is refused; the rest is noted.
 
     Args:
-        own: the Hub's identifier of the licence the publisher chose, or the `license_name` of the base's; None: none
-            stated.
+        own: the Hub's identifier of the chosen licence, or the `license_name` of the base's; None: none stated.
         base: the base's identifier or, where that is `other`, its `license_name`; None: not known.
         datasets: name of a data set -> the identifier of its licence; None: not known.
         adapter: True if the weights of the base are no part of what is published.
@@ -151,8 +152,8 @@ def resolve(
     base = _known(base)
     data = {dataset: _known(licence) for dataset, licence in (datasets or {}).items()}
     own = None if own == "unknown" else own
-    if own is not None and own not in _TERMS and own not in NAMED and own != base:
-        near = difflib.get_close_matches(own.lower(), [*IDENTIFIERS, *NAMED], n=3, cutoff=0.4)
+    if own is not None and own not in _TERMS and own != base:
+        near = difflib.get_close_matches(own.lower(), _TERMS, n=3, cutoff=0.4)
         raise LicenceError(
             f"the Hub knows no licence {_quoted(own)}. Closest identifiers: {', '.join(near) or 'none'}. Use one of "
             'huggingface.co/docs/hub/repositories-licenses, or "other" with a name and a link.'
@@ -171,7 +172,7 @@ def resolve(
     _check_own(own, base, data)
     if own == "other":
         notes += _open_notes(base, data)
-    if own in _TERMS and own != "other":
+    if own in _LISTED and own != "other":
         return Licence(own, notes=tuple(notes))
     return Licence("other", name=name or (own if own != "other" else None), link=link, notes=tuple(notes))
 
@@ -183,9 +184,7 @@ def _known(licence: str | None) -> str | None:
 
 
 def _rule(licence: str) -> tuple[str, bool]:
-    return _TERMS.get(
-        licence, ("same", not _NAMED_NON_COMMERCIAL.search(licence)) if licence in NAMED else ("open", True)
-    )
+    return _TERMS.get(licence, ("open", True))
 
 
 def _quoted(text: str) -> str:
