@@ -75,7 +75,8 @@ def test_the_comparison_runs_and_leaves_a_run_folder_a_row(tmp_path: Path, monke
         assert set(beside) == set(ROWS)
         assert beside[row]["values"] == rows[row]["accuracies"]
         assert beside[row]["value"] == rows[row]["accuracy"]
-        assert beside["scratch"]["gain"]["mean"] == 0
+        assert beside["scratch"]["gain"] is None
+        assert beside["full"]["gain"]["low"] <= beside["full"]["gain"]["mean"] <= beside["full"]["gain"]["high"]
         assert comparison["transfer"]["sentence"] == cell["transfer"]["sentence"]
         splits = found["data"]["splits"]
         assert {name: split["rows"] for name, split in splits.items()} == {"train": 20, "test": 9 * 54}
