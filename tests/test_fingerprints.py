@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor  # what torchao's quantised weights are built like
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tests import tiny
@@ -181,4 +182,15 @@ def test_what_is_no_tensor_is_left_out() -> None:
         def set_extra_state(self, state: Any) -> None:
             pass
 
-    assert set(found(Odd(2, 2))["tensors"]) == {"weight", "bias"}
+    odd = Odd(2, 2)
+    odd.register_buffer("sparse", torch.eye(2).to_sparse())
+    assert set(found(odd)["tensors"]) == {"weight", "bias"}
+    assert len(odd.state_dict()) == 4
+
+
+def test_a_weight_of_several_tensors_has_a_hash_for_each() -> None:
+    model = nn.Linear(2, 2)
+    model.weight = nn.Parameter(TwoTensor(torch.zeros(2, 2), torch.ones(2, 2)), requires_grad=False)
+    tensors = found(model)["tensors"]
+    assert set(tensors) == {"weight.a", "weight.b", "bias"}
+    assert tensors["weight.b"] == tensor_hash(torch.ones(2, 2)) != tensors["weight.a"]

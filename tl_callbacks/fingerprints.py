@@ -45,8 +45,8 @@ def fingerprint(model: nn.Module, head: frozenset[str] = frozenset()) -> dict[st
     """Return the hashes of a model's weights by name, and one digest of all outside the head.
 
     Of a model with adapters it is the fingerprint of the base below them, under the names that the base alone has. It
-    holds parameters and persistent buffers, tied ones under each of their names. Takes about as long as reading the
-    weights once, and no memory of their size.
+    holds parameters and persistent buffers, tied ones under each of their names, of quantised models what their state
+    dict holds as plain tensors. Takes about as long as reading the weights once, and no memory of their size.
 
     Args:
         model: the model before it is sharded; of a model on several ranks one is enough.
@@ -109,8 +109,8 @@ def _changes_base(model: nn.Module) -> bool:
 def _parts(base: nn.Module, key: str, value: object) -> list[tuple[str, Tensor]]:
     """Return the plain tensors of an entry of the base's state dict, by the name that the base alone gives them."""
     name = _name_in_base(base, key)
-    if name is None or not isinstance(value, Tensor):
-        return []
+    if name is None or not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+        return []  # what is packed in another way has no bytes of its own to read
     if hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor):  # a quantised weight, as torchao's
         inner, _ = value.__tensor_flatten__()
         return [part for part_name in inner for part in _parts(base, f"{key}.{part_name}", getattr(value, part_name))]
