@@ -1,0 +1,56 @@
+"""An adapter merged into its base: one model that loads without PEFT."""
+
+from pathlib import Path
+
+from peft import PeftModel
+
+from hub_cards.facts import read_facts
+from hub_cards.loading import adapter_name, load_adapter, load_base
+from hub_cards.pull import find_base, load_processor
+from hub_cards.snapshots import local_snapshot
+
+
+def merge_adapter(
+    run_dir: str | Path,
+    target: str | Path,
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> None:
+    """Write the model that an adapter and its base are together: configuration, safetensors, processor.
+
+    The base is checked against its fingerprint first. The logits are those of the adapter up to the rounding of the
+    sums: at most 1e-5 apart in float32. In bfloat16 the merged weights are rounded to eight bits, and differ more.
+
+    Args:
+        run_dir: folder of the run with the adapter.
+        target: folder that is made, or is there and empty.
+        base: a local folder or a repository with the base, instead of the recorded one.
+        revision: of the base; the recorded one if None.
+        token: for a base that is private or gated.
+
+    Raises:
+        ValueError: the run has no adapter, or one of a kind that cannot be merged, or the merged weights are not
+            finite, or it is the wrong base.
+        FileExistsError: `target` holds files.
+
+    Example:
+        >>> merge_adapter("tests", "merged")
+        Traceback (most recent call last):
+        FileNotFoundError: `tests` holds no recipe.json; expected the output_dir of a run: call ...
+    """
+    run, facts, target = local_snapshot(Path(run_dir)), read_facts(run_dir), Path(target)
+    if not facts.is_adapter:
+        raise ValueError(f"{run} holds a whole model, no adapter; expected a run with one. Publish it as it is.")
+    if target.exists() and any(target.iterdir()):
+        raise FileExistsError(f"`{target}` holds files; expected an empty folder. Choose another one.")
+    found, pinned = find_base(facts, run, base, token, revision)
+    model = load_adapter(load_base(facts, run, found, pinned=pinned), facts, run)
+    kind = model.peft_config[adapter_name(facts)].peft_type.value
+    merge = None if isinstance(model.base_model, type(model.get_base_model())) else _merger(model)
+    if merge is None:
+        raise ValueError(
+            f"the adapter in `{run_dir}` is of the kind {kind}, which changes inputs or layers, not weights, and cannot "
+            "be merged; expected one such as LORA. Publish it as an adapter."
+        )
