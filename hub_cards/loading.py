@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -69,6 +69,7 @@ def load_base(facts: RunFacts, run: Snapshot, base: Snapshot, *, pinned: bool) -
         ValueError: the weights are not those that the adapter was trained on, or it cannot be told.
     """
     cls = model_class(facts)
+    assert cls.config_class is not None
     config = cls.config_class.from_pretrained(base.folder, local_files_only=True)
     _set_labels(config, facts)
     model, report = _from_pretrained(cls, base.folder, config, facts.dtype)
@@ -98,10 +99,9 @@ def load_adapter(model: PreTrainedModel, facts: RunFacts, run: Snapshot) -> Peft
     """
     folder, name = adapter_folder(facts, run), adapter_name(facts)
     config = PeftConfig.from_pretrained(str(folder))
-    with _undisturbed():
+    with undisturbed():
         adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name, config=config, torch_device="cpu")
-    with safe_open(folder / ADAPTER, framework="pt") as file:
-        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: safe_open is no mapping
+    stored = load_file(folder / ADAPTER)
     found = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
     strays = (found.keys() - stored.keys()) | (stored.keys() - found.keys() - adapted.state_dict().keys())
     if strays:
@@ -137,7 +137,7 @@ def adapter_name(facts: RunFacts) -> str:
     """
     if len(facts.adapters) != 1:
         raise ValueError(
-            f"the run has {len(facts.adapters)} adapters ({', '.join(facts.adapters)}), expected one: which of them are "
+            f"the run has {len(facts.adapters)} adapters ({', '.join(facts.adapters)}), expected one: which are "
             "active is not recorded. Load them with PEFT's `load_adapter`."
         )
     return next(iter(facts.adapters))
@@ -180,6 +180,28 @@ def shortened(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in ordered[:5]) + more
 
 
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keep the random state, and the screen free of progress bars and of reports on heads that the adapter brings.
+
+    Example:
+        >>> with undisturbed():
+        ...     logging.get_verbosity() == logging.ERROR
+        True
+    """
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if bar:
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def _check_fingerprint(
     facts: RunFacts, base: Snapshot, state: Mapping[str, Tensor], brought: set[str], random: set[str]
 ) -> None:
@@ -195,9 +217,9 @@ def _check_fingerprint(
         )
     if differing:
         raise ValueError(
-            f"{base} is not the base that the adapter was trained on: {len(differing)} of {len(expected)} tensors differ "
-            f"({shortened(differing)}). Expected the fingerprint {(facts.base.digest or '')[:16]} in {facts.dtype}; "
-            "give the right one as base=."
+            f"{base} is not the base that the adapter was trained on: {len(differing)} of {len(expected)} tensors "
+            f"differ ({shortened(differing)}). Expected the fingerprint {(facts.base.digest or '')[:16]} in "
+            f"{facts.dtype}; give the right one as base=."
         )
 
 
@@ -205,8 +227,9 @@ def _from_pretrained(
     cls: type[PreTrainedModel], folder: Path, config: PretrainedConfig | None, dtype: str | None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return a model of a folder and what did not fit; heads of another size are left random, as in training."""
-    with _undisturbed():
-        model, report = cls.from_pretrained(
+    load: Any = cls.from_pretrained  # its return type does not know `output_loading_info`
+    with undisturbed():
+        model, report = load(
             folder,
             config=config,
             dtype=getattr(torch, dtype) if dtype else "auto",
@@ -225,28 +248,12 @@ def _set_labels(config: PretrainedConfig, facts: RunFacts) -> None:
         config.id2label = {int(number): name for number, name in facts.id2label.items()}
         config.label2id = {name: number for number, name in config.id2label.items()}
     if facts.problem_type is not None:
-        config.problem_type = facts.problem_type
+        config.problem_type = facts.problem_type  # type: ignore[assignment]
 
 
 def _keep_dtypes(model: nn.Module, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Give weights that were saved in another dtype than the base's, such as a float32 head, that dtype and its bits."""
+    """Give weights that were saved in another dtype than the base's, such as a float32 head, that dtype."""
     places = {parameter.data_ptr(): parameter for parameter in model.parameters()}
     for found, stored in pairs.values():
         if found.dtype != stored.dtype and found.data_ptr() in places:
             places[found.data_ptr()].data = stored.to(found.device)
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Keep the random state, and the screen free of reports on heads that the adapter brings."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    if bar:
-        logging.disable_progress_bar()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from peft import PeftModel
+import torch
+from peft.tuners.tuners_utils import BaseTuner
 
 from hub_cards.facts import read_facts
-from hub_cards.loading import adapter_name, load_adapter, load_base
+from hub_cards.loading import adapter_name, load_adapter, load_base, shortened, undisturbed
 from hub_cards.pull import find_base, load_processor
 from hub_cards.snapshots import local_snapshot
 
@@ -47,10 +48,24 @@ def merge_adapter(
         raise FileExistsError(f"`{target}` holds files; expected an empty folder. Choose another one.")
     found, pinned = find_base(facts, run, base, token, revision)
     model = load_adapter(load_base(facts, run, found, pinned=pinned), facts, run)
-    kind = model.peft_config[adapter_name(facts)].peft_type.value
-    merge = None if isinstance(model.base_model, type(model.get_base_model())) else _merger(model)
-    if merge is None:
+    kind = facts.adapters[adapter_name(facts)].get("peft_type")
+    if not isinstance(model.base_model, BaseTuner):
         raise ValueError(
-            f"the adapter in `{run_dir}` is of the kind {kind}, which changes inputs or layers, not weights, and cannot "
-            "be merged; expected one such as LORA. Publish it as an adapter."
+            f"the adapter in `{run_dir}` is of the kind {kind}, which adds inputs or layers and cannot be merged into "
+            "weights; expected one such as LORA. Publish it as an adapter."
         )
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(f"the adapter in `{run_dir}` ({kind}) cannot be merged: {error}") from error
+    broken = [name for name, weight in merged.named_parameters() if not torch.isfinite(weight).all()]
+    if broken:
+        raise ValueError(f"the merged weights {shortened(broken)} are not finite; expected numbers. Train again.")
+    if facts.dtype is not None:
+        merged = merged.to(getattr(torch, facts.dtype))
+    target.mkdir(parents=True, exist_ok=True)
+    with undisturbed():
+        merged.save_pretrained(target)
+    processor = load_processor(run, merged.config)
+    if processor is not None:
+        processor.save_pretrained(target)

@@ -1,18 +1,17 @@
 """A published run as a model that works: base at its commit, adapter and head, processor and label names."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from hub_cards.facts import RECIPE, RunFacts, read_facts
 from hub_cards.loading import load_adapter, load_base, load_full
 from hub_cards.paths import is_repo_id
-from hub_cards.snapshots import Snapshot, fetch_base, fetch_run, local_snapshot, resolve
+from hub_cards.snapshots import Snapshot, fetch_base, fetch_run, local_snapshot, read_json, resolve
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def pull(
         OSError: a file is cut short or changed, or a download failed; nothing of it is kept, and a second call helps.
 
     Example:
-        >>> import os, tempfile
+        >>> import json, tempfile
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> run, sizes = tempfile.mkdtemp(), {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8}
         >>> config = BertConfig(**sizes, num_hidden_layers=1, num_attention_heads=2, id2label={0: "bad", 1: "good"})
@@ -94,6 +93,7 @@ def pull(
     run = find_run(repo_id, revision, token)
     facts = read_facts(run.folder)
     model: nn.Module
+    loaded: PreTrainedModel
     if facts.is_adapter:
         start, pinned = find_base(facts, run, base, token)
         loaded = load_base(facts, run, start, pinned=pinned)
@@ -106,7 +106,7 @@ def pull(
     processor = load_processor(run, loaded.config)
     if loaded.config.pad_token_id is None and getattr(processor, "pad_token_id", None) is not None:
         loaded.config.pad_token_id = processor.pad_token_id  # decoders that classify need it for more than one text
-    model = model.to(device=device, dtype=dtype).eval()
+    model = nn.Module.to(model, device=device, dtype=dtype).eval()
     labels = tuple(name for _, name in sorted(facts.id2label.items(), key=lambda item: int(item[0])))
     return Pulled(model, processor, facts, labels, run.repo_id, run.revision, base_revision)
 
@@ -167,23 +167,22 @@ def find_base(
 
 def load_processor(run: Snapshot, config: Any) -> Any:
     """Return the processor whose files a folder has; None if there are none."""
-    files = {
+    loaders: dict[str, Any] = {
         "processor_config.json": AutoProcessor,
         "tokenizer_config.json": AutoTokenizer,
         "preprocessor_config.json": AutoImageProcessor,
     }
-    name = next((name for name in files if (run.folder / name).is_file()), None)
+    name = next((name for name in loaders if (run.folder / name).is_file()), None)
     if name is None:
         return None
-    loader = files[name]
-    if loader is AutoImageProcessor:
-        settings = json.loads((run.folder / name).read_text(encoding="utf-8"))
-        loader = AutoFeatureExtractor if "feature_extractor_type" in settings else loader
-        return loader.from_pretrained(run.folder, local_files_only=True, trust_remote_code=False)
-    return loader.from_pretrained(run.folder, config=config, local_files_only=True, trust_remote_code=False)
+    loader = loaders[name]
+    if loader is AutoImageProcessor and "feature_extractor_type" in read_json(run.folder / name):
+        loader = AutoFeatureExtractor
+    options = {"config": config} if loader is AutoTokenizer else {}
+    return loader.from_pretrained(run.folder, local_files_only=True, trust_remote_code=False, **options)
 
 
 def _local_base(folder: Path) -> str | None:
     """Return the local folder that a run on this machine started from, if it is still there."""
-    name = json.loads((folder / RECIPE).read_text(encoding="utf-8"))["model"]["name_or_path"]
+    name = read_json(folder / RECIPE)["model"]["name_or_path"]
     return name if name and Path(name).is_dir() else None

@@ -165,7 +165,7 @@ def local_snapshot(folder: Path) -> Snapshot:
     snapshot = Snapshot(folder)
     names = [path.name for path in folder.iterdir() if path.is_file() and path.name != "training_args.bin"]
     if not any(name.endswith(".safetensors") for name in names):
-        refuse_pickles(snapshot, names)
+        refuse_pickles(snapshot, [name for name in names if name.endswith(_PICKLES)])
     refuse_code(snapshot)
     return snapshot
 
