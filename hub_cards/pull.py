@@ -104,7 +104,7 @@ def pull(
         loaded = load_full(facts, run)
         model, base_revision = loaded, None
     processor = load_processor(run, loaded.config)
-    if loaded.config.pad_token_id is None and getattr(processor, "pad_token_id", None) is not None:
+    if getattr(loaded.config, "pad_token_id", 0) is None and getattr(processor, "pad_token_id", None) is not None:
         loaded.config.pad_token_id = processor.pad_token_id  # decoders that classify need it for more than one text
     model = nn.Module.to(model, device=device, dtype=dtype).eval()
     labels = tuple(name for _, name in sorted(facts.id2label.items(), key=lambda item: int(item[0])))
