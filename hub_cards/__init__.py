@@ -5,5 +5,18 @@ The names below are the public ones. Those of `pull` and of the registry need to
 
 from hub_cards.card import Card, render, write_card
 from hub_cards.facts import RunFacts, read_facts
+from hub_cards.publication import Publication
+from hub_cards.publish import publish
+from hub_cards.remote import ConcurrentPushError, PublishError
 
-__all__ = ["Card", "RunFacts", "read_facts", "render", "write_card"]
+__all__ = [
+    "Card",
+    "ConcurrentPushError",
+    "Publication",
+    "PublishError",
+    "RunFacts",
+    "publish",
+    "read_facts",
+    "render",
+    "write_card",
+]

@@ -29,6 +29,7 @@ class Base:
     digest: str | None = None
     tensors: Mapping[str, str] = field(default_factory=dict)
     license: str | None = None
+    verified: bool | None = None  # the checkpoint on the Hub holds these tensors; None: not compared
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def read_facts(run_dir: str | Path) -> RunFacts:
         max_steps=state["max_steps"],
         model_class=model["class"],
         base_class=model.get("base_class"),
-        base=_base(model),
+        base=_base(model, published.get("base_verified")),
         dtype=model.get("dtype"),
         num_parameters=model["num_parameters"],
         trainable_parameters=model["trainable_parameters"],
@@ -232,7 +233,7 @@ def _validator(name: str) -> Draft202012Validator:
     return Draft202012Validator(schema if name == RECIPE else {**schema["$defs"]["trainer_state"]})
 
 
-def _base(model: Mapping[str, Any]) -> Base:
+def _base(model: Mapping[str, Any], verified: bool | None) -> Base:
     name, print_ = model["name_or_path"], model.get("fingerprint") or {}
     if name is None:
         return Base()
@@ -244,6 +245,7 @@ def _base(model: Mapping[str, Any]) -> Base:
         license=model.get("license"),
         digest=print_.get("digest"),
         tensors=print_.get("tensors", {}),
+        verified=verified,
     )
 
 

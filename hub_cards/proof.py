@@ -1,0 +1,121 @@
+"""Whether a checkpoint is the one that training started from: the recorded hashes against the files' tensors."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hub_cards.tensors import other_dtypes, read_header, tensor_hash
+
+# Buffers that a model makes for itself, the same each time; checkpoints may lack them.
+_MADE = ("position_ids", "token_type_ids", "num_batches_tracked", "inv_freq")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the comparison of the recorded hashes with a checkpoint says.
+
+    Args:
+        recorded: tensors of the fingerprint.
+        found: those that the checkpoint holds, bit for bit.
+        different: names of those that it holds with other contents.
+        absent: names of those that neither it nor the adapter holds, and that loading did not build from others: they
+            were random when training began.
+    """
+
+    recorded: int
+    found: int
+    different: tuple[str, ...]
+    absent: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the checkpoint is the recorded one: nothing differs, and at least half is there."""
+        return self.recorded > 0 and not self.different and 2 * self.found >= self.recorded
+
+
+def prove(
+    recorded: Mapping[str, str],
+    checkpoint: Iterable[Path],
+    *,
+    brought: Collection[str] = (),
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Proof:
+    """Return how the fingerprint of a run's base fits a checkpoint.
+
+    A name in the model may have a part in front that the checkpoint's lacks (`bert.`), or the other way round. A tensor
+    that is nowhere by name counts as found if one of the checkpoint's has its contents: loading renames some. One whose
+    type was changed on loading is found too.
+
+    Args:
+        recorded: name to hash, as in `recipe.json`.
+        checkpoint: its safetensors files.
+        brought: names of tensors that an adapter's file holds itself; the checkpoint need not have them.
+        shapes: of a full model's own weights. A tensor with another shape than the checkpoint's was made anew: a head
+            for other classes, an embedding for more tokens.
+
+    Raises:
+        ValueError: a file is no whole safetensors file.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from safetensors.numpy import save_file
+        >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
+        >>> save_file({"layer.weight": np.zeros((2, 3), np.float32)}, path)
+        >>> hash_ = tensor_hash(read_header(path)["layer.weight"])
+        >>> prove({"bert.layer.weight": hash_, "head.weight": "0" * 16}, [path])
+        Proof(recorded=2, found=1, different=(), absent=('head.weight',))
+    """
+    tensors = {name: tensor for path in checkpoint for name, tensor in read_header(path).items()}
+    places = _places(recorded, tensors)
+    hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
+    found, contents, different = set[str](), set(hashes.values()), list[str]()
+    for name, place in places.items():
+        tensor = tensors[place]
+        if recorded[name] == hashes[place] or any(
+            recorded[name] == tensor_hash(tensor, dtype) for dtype in other_dtypes(tensor)
+        ):
+            found.add(name)
+            contents.add(recorded[name])
+        elif (
+            name not in brought
+            and (shapes or {}).get(name, tensor.shape) == tensor.shape
+            and not _is_quantised(name, recorded)
+        ):
+            different.append(name)
+    found |= {name for name, value in recorded.items() if name not in places and value in contents}  # renamed, or tied
+    left = set(tensors) - set(places.values())
+    absent = [
+        name
+        for name in recorded
+        if not (name in found or name in places or name in brought or name.endswith(_MADE) or _is_built(name, left))
+    ]
+    return Proof(len(recorded), len(found), tuple(sorted(different)), tuple(sorted(absent)))
+
+
+def _places(recorded: Iterable[str], tensors: Collection[str]) -> dict[str, str]:
+    """Return the checkpoint's name of each recorded tensor that is there, as it is or with a part in front changed."""
+    exact = {name: name for name in recorded if name in tensors}
+    others = [name for name in recorded if name not in tensors]
+    options: list[dict[str, str]] = [
+        {name: name.removeprefix(f"{front}.") for name in others if name.removeprefix(f"{front}.") in tensors}
+        for front in sorted({name.split(".")[0] for name in others})
+    ] + [
+        {name: f"{front}.{name}" for name in others if f"{front}.{name}" in tensors}
+        for front in sorted({name.split(".")[0] for name in tensors})
+    ]
+    best: dict[str, str] = max(options, key=len, default={})
+    return {**best, **exact}
+
+
+def _is_quantised(name: str, recorded: Iterable[str]) -> bool:
+    """Return whether a weight was quantised on loading: its scales lie beside it."""
+    module = name.rpartition(".")[0]
+    return any(other.startswith(f"{name}.") or other == f"{module}.SCB" for other in recorded)
+
+
+def _is_built(name: str, left: Iterable[str]) -> bool:
+    """Return whether loading can have built a tensor from others: some that have no other use lie in its module."""
+    module = name.rpartition(".")[0]
+    modules = [f".{part}." for part in (module, module.partition(".")[2]) if part]
+    return any(part in f".{other}" for other in left for part in modules)
