@@ -1,6 +1,5 @@
 """The JSON files of a staging folder that are written anew: no local path, the base's identity, the head's names."""
 
-import hashlib
 import json
 import math
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hub_cards.facts import RECIPE, STATE, RunFacts
+from hub_cards.fingerprints import file_sha256
 from hub_cards.paths import is_repo_id, without_paths
 
 ARGUMENTS, ADAPTER_CONFIG = "training_args.json", "adapter_config.json"
@@ -67,26 +67,12 @@ def write_manifest(target: str | Path, facts: RunFacts) -> dict[str, str]:
     """
     folder = Path(target)
     files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.relative_to(folder).as_posix() not in (RECIPE, "README.md")
     }
     _write(folder / RECIPE, {**_read(folder / RECIPE), "published": _published(facts, files)})
     return {name: str(entry["sha256"]) for name, entry in files.items()}
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's contents.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp(), "a")
-        >>> _ = path.write_bytes(b"")
-        >>> sha256(path)[:8]
-        'e3b0c442'
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _model(facts: RunFacts) -> dict[str, Any]:

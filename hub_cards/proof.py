@@ -1,11 +1,15 @@
 """Whether a checkpoint is the one that training started from: the recorded hashes against the files' tensors."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hub_cards.tensors import other_dtypes, read_header, tensor_hash
+import numpy as np
 
+from hub_cards.fingerprints import Stored, bytes_hash, file_hashes, read_header
+
+_FLOATS = ("float32", "float16", "bfloat16")  # what loading converts into each other
+_CHUNK = 1 << 24  # bytes converted at a time
 # Buffers that a model makes for itself, the same each time; checkpoints may lack them.
 _MADE = ("position_ids", "token_type_ids", "num_batches_tracked", "inv_freq")
 
@@ -62,24 +66,22 @@ def prove(
         >>> from safetensors.numpy import save_file
         >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
         >>> save_file({"layer.weight": np.zeros((2, 3), np.float32)}, path)
-        >>> hash_ = tensor_hash(read_header(path)["layer.weight"])
-        >>> prove({"bert.layer.weight": hash_, "head.weight": "0" * 16}, [path])
+        >>> hashes = {"bert.layer.weight": file_hashes([path])["layer.weight"], "head.weight": "0" * 16}
+        >>> prove(hashes, [path])
         Proof(recorded=2, found=1, different=(), absent=('head.weight',))
     """
-    tensors = {name: tensor for path in checkpoint for name, tensor in read_header(path).items()}
-    places = _places(recorded, tensors)
-    hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
+    files = {name: path for path in checkpoint for name in read_header(path)}
+    tensors = {name: stored for path in {*files.values()} for name, stored in read_header(path).items()}
+    places, hashes = _places(recorded, tensors), file_hashes({*files.values()})
     found, contents, different = set[str](), set(hashes.values()), list[str]()
     for name, place in places.items():
-        tensor = tensors[place]
-        if recorded[name] == hashes[place] or any(
-            recorded[name] == tensor_hash(tensor, dtype) for dtype in other_dtypes(tensor)
-        ):
+        stored = tensors[place]
+        if recorded[name] == hashes[place] or recorded[name] in _converted_hashes(files[place], stored):
             found.add(name)
             contents.add(recorded[name])
         elif (
             name not in brought
-            and (shapes or {}).get(name, tensor.shape) == tensor.shape
+            and (shapes or {}).get(name, stored.shape) == stored.shape
             and not _is_quantised(name, recorded)
         ):
             different.append(name)
@@ -119,3 +121,29 @@ def _is_built(name: str, left: Iterable[str]) -> bool:
     module = name.rpartition(".")[0]
     modules = [f".{part}." for part in (module, module.partition(".")[2]) if part]
     return any(part in f".{other}" for other in left for part in modules)
+
+
+def _converted_hashes(path: Path, stored: Stored) -> Iterator[str]:
+    """Return the hashes that a tensor has when loading changes its floating-point type."""
+    for dtype in _FLOATS if stored.dtype in _FLOATS else ():
+        if dtype != stored.dtype:
+            yield bytes_hash(dtype, stored.shape, _converted(path, stored, dtype))
+
+
+def _converted(path: Path, stored: Stored, dtype: str) -> Iterator[bytes]:
+    """Return a tensor's bytes in another type, rounded to nearest and ties to even, as torch does it."""
+    with path.open("rb") as file:
+        file.seek(stored.start)
+        for start in range(stored.start, stored.end, _CHUNK):
+            piece = file.read(min(_CHUNK, stored.end - start))
+            if stored.dtype == "bfloat16":
+                values = (np.frombuffer(piece, "<u2").astype("<u4") << 16).view("<f4")
+            else:
+                values = np.frombuffer(piece, {"float32": "<f4", "float16": "<f2"}[stored.dtype]).astype("<f4")
+            if dtype == "bfloat16":
+                bits = values.view("<u4")
+                rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+                yield np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype("<u2").tobytes()
+            else:
+                with np.errstate(over="ignore"):
+                    yield values.astype({"float32": "<f4", "float16": "<f2"}[dtype]).tobytes()

@@ -19,7 +19,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from huggingface_hub.utils.sha import git_hash
 
 from hub_cards.facts import RECIPE
-from hub_cards.own_files import sha256
+from hub_cards.fingerprints import file_sha256
 from hub_cards.staging import ADAPTER, MODEL, is_allowed
 
 CARD = "README.md"
@@ -27,11 +27,21 @@ _MODEL_FILES = {*ADAPTER, *MODEL} - {"generation_config.json"}
 
 
 class PublishError(RuntimeError):
-    """Raised when the Hub does not do what publishing needs; the message says what state the repository is in."""
+    """Raised when the Hub does not do what publishing needs; the message says what state the repository is in.
+
+    Example:
+        >>> issubclass(PublishError, RuntimeError)
+        True
+    """
 
 
 class ConcurrentPushError(PublishError):
-    """Raised when somebody else pushed while this run was being published; nothing was overwritten."""
+    """Raised when somebody else pushed while this run was being published; nothing was overwritten.
+
+    Example:
+        >>> issubclass(ConcurrentPushError, PublishError)
+        True
+    """
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class Remote:
         there = self.hashes.get(name)
         if there is None:
             return False
-        return there == (sha256(path) if len(there) == 64 else git_hash(path.read_bytes()))
+        return there == (file_sha256(path) if len(there) == 64 else git_hash(path.read_bytes()))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What can be checked of a staging folder without a network, so that the Hub has nothing left to refuse."""
 
+import itertools
 import json
 import math
 import re
@@ -11,9 +12,9 @@ import yaml
 from huggingface_hub import EvalResultEntry, ModelCardData, parse_eval_result_entries
 
 from hub_cards.facts import read_facts
+from hub_cards.fingerprints import read_header
 from hub_cards.paths import is_repo_id
 from hub_cards.staging import ADAPTER, INDEX
-from hub_cards.tensors import read_header
 
 _FRONT = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
 _FENCED = re.compile(r"^ {0,3}(`{3,}|~{3,}).*?^ {0,3}\1[`~]*\s*$", re.DOTALL | re.MULTILINE)
@@ -39,8 +40,7 @@ def validate(folder: str | Path, files: Mapping[str, Path], *, elsewhere: Collec
     """
     for name, path in files.items():
         if name.endswith(".safetensors"):
-            if not read_header(path):
-                raise ValueError(f"`{name}` holds no tensors; save the model again.")
+            _check_weights(name, path)
         elif _is_pickle(path):
             raise ValueError(f"`{name}` is a pickle, which runs code when it is loaded; remove it, or save it as text.")
         if name.endswith(".json"):
@@ -145,6 +145,15 @@ def _runs_code(value: Any) -> bool:
     if isinstance(value, dict):
         return "auto_map" in value or any(_runs_code(item) for item in value.values())
     return isinstance(value, list) and any(_runs_code(item) for item in value)
+
+
+def _check_weights(name: str, path: Path) -> None:
+    stored = sorted(read_header(path).items(), key=lambda item: (item[1].start, item[1].end))
+    if not stored:
+        raise ValueError(f"`{name}` holds no tensors; save the model again.")
+    for (before, first), (after, second) in itertools.pairwise(stored):
+        if first.end != second.start:
+            raise ValueError(f"`{name}` is damaged between `{before}` and `{after}`; save the model again.")
 
 
 def _check_shards(files: Mapping[str, Path]) -> None:

@@ -16,9 +16,9 @@ from tests.hub_cards import runs
 FOLDER = Path(hub_cards.__file__).parent
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
 # Loaded when first used: the only ones that may import torch.
-LAZY = {"adapters", "pull", "merge", "verify"}
+LAZY = {"adapters", "loading", "pull", "merge", "verify"}
 TORCH = {"torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "sklearn", "safetensors"}
-NETWORK = {"base_proof", "publish", "pull", "registry", "snapshots", *LAZY}
+NETWORK = {"bases", "publish", "pull", "registry", "remote", "snapshots", "terms", *LAZY}
 OFFLINE_NAMES = {
     "EvalResult",
     "EvalResultEntry",
@@ -26,6 +26,7 @@ OFFLINE_NAMES = {
     "eval_result_entries_to_yaml",
     "ModelCard",
     "constants",
+    "parse_eval_result_entries",
 }
 
 
