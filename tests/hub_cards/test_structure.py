@@ -1,4 +1,4 @@
-"""The walls of `hub_cards`: no torch in what makes cards, no network but in a few files, nothing of the other package."""
+"""The walls of `hub_cards`: no torch in what makes cards, network in a few files only, and no import of the plugin."""
 
 import ast
 import socket
