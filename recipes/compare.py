@@ -51,7 +51,7 @@ class Comparison:
     max_seq_length: int = field(default=64, metadata={"help": "tokens a text; the longest has about 70"})
     push_to_hub: bool = field(default=False, metadata={"help": "publish a run: of hub_row, most labels, seed 0"})
     hub_row: str = field(default="full", metadata={"help": "the row whose run is published"})
-    hub_model_id: str | None = field(default=None, metadata={"help": "owner/name; default: the run's folder"})
+    hub_model_id: str | None = field(default=None, metadata={"help": "owner/name of the repository"})
     hub_private_repo: bool = field(default=True, metadata={"help": "whether a new repository is private"})
     license: str | None = field(default=None, metadata={"help": "of what is published, as the Hub names it"})
     require_positive_transfer: bool = field(default=False, metadata={"help": "publish only if transfer paid"})
@@ -63,6 +63,10 @@ class Comparison:
             raise ValueError("`num_seeds`, `label_counts` and `num_processes` must each be at least one.")
         if self.push_to_hub and self.hub_row not in {*self.rows} - {"tfidf"}:
             raise ValueError(f"`hub_row` is `{self.hub_row}`; expected one of `rows` that has a model.")
+        if self.push_to_hub and "/" not in (self.hub_model_id or ""):
+            raise ValueError(
+                f"`hub_model_id` is {self.hub_model_id!r}; --push_to_hub needs owner/name, before training."
+            )
 
     @property
     def published(self) -> tuple[str, int, int] | None:
@@ -111,7 +115,7 @@ def main(comparison: Comparison) -> dict[str, Any]:
         own = folder / "-".join(map(str, comparison.published))
         published = publish(
             own,
-            comparison.hub_model_id or own.name,
+            str(comparison.hub_model_id),
             private=comparison.hub_private_repo,
             license=comparison.license,
             require_positive_transfer=comparison.require_positive_transfer,

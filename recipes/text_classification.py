@@ -77,6 +77,8 @@ def main(recipe: Recipe, args: TrainingArguments) -> None:
     set_seed(args.seed)
     # The Trainer would upload every file of the folder, pickles too, with a card of its own.
     push_to_hub, args.push_to_hub = args.push_to_hub, False
+    if push_to_hub and "/" not in (args.hub_model_id or ""):
+        raise ValueError(f"`hub_model_id` is {args.hub_model_id!r}; --push_to_hub needs owner/name, before training.")
     # Once, so that tokenizer, configuration and weights are of one commit, and the data of one.
     revision = resolved(recipe.model_name_or_path, recipe.model_revision)
     recipe.model_revision = revision or recipe.model_revision
@@ -117,7 +119,7 @@ def main(recipe: Recipe, args: TrainingArguments) -> None:
     if push_to_hub:
         published = publish(
             args.output_dir,
-            args.hub_model_id or Path(args.output_dir).name,
+            str(args.hub_model_id),
             private=args.hub_private_repo is not False,
             license=recipe.license,
             merge=recipe.merge_adapter,

@@ -127,7 +127,11 @@ def train(kind: str, base: str | Path, folder: Path, *, revision: str | None = N
     spec = KINDS[kind]
     torch.manual_seed(7)
     model = type(spec.make()).from_pretrained(
-        str(base), revision=revision or "main", num_labels=3, id2label=LABELS, label2id={n: i for i, n in LABELS.items()}
+        str(base),
+        revision=revision or "main",
+        num_labels=3,
+        id2label=LABELS,
+        label2id={n: i for i, n in LABELS.items()},
     )
     model.accepts_loss_kwargs = False
     if spec.inputs == "input_ids" and model.config.pad_token_id is None:

@@ -36,7 +36,9 @@ def test_the_merged_model_says_what_the_adapter_says(hub: HubServer, tmp_path: P
     assert config.id2label == pullable.LABELS
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     with made.run.model.disable_adapter():  # type: ignore[operator]
-        assert (pullable.logits(made.run.model, made.run.inputs) - made.run.logits).abs().max() > 100 * 1e-5, "the control"
+        assert (pullable.logits(made.run.model, made.run.inputs) - made.run.logits).abs().max() > 100 * 1e-5, (
+            "the control"
+        )
 
 
 @pytest.mark.slow

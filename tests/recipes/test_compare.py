@@ -22,6 +22,10 @@ def test_every_row_but_the_baseline_has_settings() -> None:
 def test_bad_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="`rows` names `ful`"):
         Comparison(rows=["ful"])
+    with pytest.raises(ValueError, match="`hub_row` is `tfidf`; expected one of `rows` that has a model"):
+        Comparison(push_to_hub=True, hub_row="tfidf")
+    with pytest.raises(ValueError, match="`hub_model_id` is None; --push_to_hub needs owner/name, before training"):
+        Comparison(push_to_hub=True)
     with pytest.raises(ValueError, match="at least one"):
         Comparison(num_seeds=0)
 

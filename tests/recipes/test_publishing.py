@@ -138,3 +138,10 @@ def test_a_merged_adapter_needs_no_peft(hub: HubServer, base: str, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     merged = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
     assert torch.allclose(merged, torch.tensor(logits(run)), atol=1e-5)
+
+
+def test_a_repository_without_an_owner_is_refused_before_training(tmp_path: Path) -> None:
+    arguments = options(tmp_path, tmp_path, push_to_hub=True, hub_model_id="run")
+    with pytest.raises(ValueError, match="`hub_model_id` is 'run'; --push_to_hub needs owner/name, before training"):
+        main(*parse((Recipe, TrainingArguments), arguments))
+    assert not (tmp_path / "run" / "recipe.json").exists()
