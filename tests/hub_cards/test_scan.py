@@ -22,6 +22,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from transformers import TrainingArguments
 
+from hub_cards.encodings import views
 from hub_cards.scan import Finding, SecretFoundError, check, scan
 
 ALNUM, HEX, UPPER = string.ascii_letters + string.digits, "0123456789abcdef", string.ascii_uppercase + "234567"
@@ -473,3 +474,9 @@ def test_a_token_is_found_among_the_pieces_of_a_real_vocabulary() -> None:
         text = json.dumps(tokenizer, indent=1, ensure_ascii=is_ascii)
         (finding,) = scan({"tokenizer.json": text.encode()})
         assert finding.line == text.count("\n")
+
+
+def test_a_place_behind_an_escape_is_the_whole_escape() -> None:
+    view = list(views("x %68%66 &amp; \\u0041"))[-1]
+    assert view.text == "x hf & A"
+    assert [view.origin(start, start + 1) for start in (0, 2, 3, 5, 7)] == [(0, 1), (2, 8), (2, 8), (9, 14), (15, 21)]
