@@ -157,7 +157,7 @@ def _check_complete(facts: RunFacts, found: Proof) -> None:
         names = ", ".join(f"`{name}`" for name in found.absent[:5]) + (", …" if len(found.absent) > 5 else "")
         modules = sorted({name.rpartition(".")[0] for name in found.absent})
         raise ValueError(
-            f"{names} of the base {'was' if len(found.absent) == 1 else 'were'} random when training began, and the "
-            "adapter's file does not hold them: nobody could build this model again. Train with them in the adapter: "
+            f"{names} of the base {'was' if len(found.absent) == 1 else 'were'} random when training began, and not in "
+            "the adapter's file: nobody could build this model again. Train with what is missing in the adapter: "
             f"modules_to_save={modules[:5]} in the PEFT configuration."
         )

@@ -26,7 +26,7 @@ from hub_cards.remote import ConcurrentPushError, PublishError, Remote, told
 from hub_cards.scan import check
 from hub_cards.staging import STAGING, Staged, stage
 from hub_cards.terms import settle_licence
-from hub_cards.validation import validate
+from hub_cards.validation import check_weights, validate
 
 __all__ = ["ConcurrentPushError", "Publication", "PublishError", "publish"]
 
@@ -121,6 +121,7 @@ def _publish(
     check({f"({name})": value.encode() for name, value in arguments.items() if value is not None}, allow=allow)
     with _staging_folder(run) as folder:
         staged = stage(run, folder, facts)
+        check_weights(staged.files)
         write_own(run, folder, facts)
         check(staged.files, allow=allow)  # before the Hub is asked for anything that these files name
         with told(f"reading `{repo_id}`", _NOTHING_SENT):
@@ -132,9 +133,8 @@ def _publish(
             facts = bases.settle(facts, api, weights, local=_local_base(run), base_model=base[0], base_revision=base[1])
         with told("reading the licences", _NOTHING_SENT):
             facts = settle_licence(facts, api, license, there)
-        if merge:
-            facts = replace(facts, merged=True)
-            staged = _merged(run, folder, facts)
+        facts = replace(facts, merged=merge or facts.merged)
+        staged = _stage_again(run, folder, facts, merge=merge)
         hashes = _complete(run, folder, facts, there)
         files = staged.files
         check(files, allow=allow)
@@ -199,13 +199,14 @@ def _local_base(run: Path) -> Path | None:
     return Path(name) if name else None
 
 
-def _merged(run: Path, folder: Path, facts: RunFacts) -> Staged:
-    """Fill the staging folder again, with the whole model instead of the adapter."""
+def _stage_again(run: Path, folder: Path, facts: RunFacts, *, merge: bool) -> Staged:
+    """Fill the staging folder from the start, now that the base is known; with the whole model if that is asked for."""
+    shutil.rmtree(folder)
+    if not merge:
+        return stage(run, folder, facts)
     with _staging_folder(run) as whole:
-        named = facts.base.name is not None
         merge_adapter = importlib.import_module("hub_cards.merge").merge_adapter  # torch is loaded here only
-        merge_adapter(run, whole, base=facts.base.name, revision=facts.base.revision if named else None)
-        shutil.rmtree(folder)
+        merge_adapter(run, whole, base=facts.base.name, revision=facts.base.revision if facts.base.name else None)
         return stage(run, folder, facts, merged=whole)
 
 

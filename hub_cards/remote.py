@@ -23,6 +23,7 @@ from hub_cards.fingerprints import file_sha256
 from hub_cards.staging import ADAPTER, MODEL, is_allowed
 
 CARD = "README.md"
+_FAILURES = (HfHubHTTPError, httpx.HTTPError, LocalTokenNotFoundError, ConnectionError)
 _MODEL_FILES = {*ADAPTER, *MODEL} - {"generation_config.json"}
 
 
@@ -88,14 +89,22 @@ def told(doing: str, state: str) -> Iterator[None]:
         raise PublishError(f"{doing}: {error} {state}") from error
     except OfflineModeIsEnabled as error:
         raise PublishError(f"{doing}: the client is offline. {state} Unset HF_HUB_OFFLINE.") from error
-    except (HfHubHTTPError, httpx.HTTPError, LocalTokenNotFoundError, ConnectionError) as error:
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        remedy = {
-            401: "Log in again with a token that is valid (`hf auth login`), and publish again.",
-            403: "Use a token that may write there, and publish again.",
-            404: "Check the name and the token, and publish again.",
-        }.get(status or 0, "Publish again; what is there already is not sent twice.")
-        raise PublishError(f"{doing} failed: {_first(error)} {state} {remedy}") from error
+    except _FAILURES as error:
+        raise _failure(doing, state, error) from error
+    except RuntimeError as error:  # what the client makes of the failure of one of its threads
+        if not isinstance(error.__cause__, _FAILURES):
+            raise
+        raise _failure(doing, state, error.__cause__, str(error)) from error.__cause__
+
+
+def _failure(doing: str, state: str, error: BaseException, where: str = "") -> PublishError:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    remedy = {
+        401: "Log in again with a token that is valid (`hf auth login`), and publish again.",
+        403: "Use a token that may write there, and publish again.",
+        404: "Check the name and the token, and publish again.",
+    }.get(status or 0, "Publish again; what is there already is not sent twice.")
+    return PublishError(f"{doing} failed: {where + ' ' if where else ''}{_first(error)} {state} {remedy}")
 
 
 def read(api: HfApi, repo_id: str) -> Remote | None:
@@ -253,6 +262,6 @@ def _is_model_file(name: str) -> bool:
     return name in _MODEL_FILES or name.endswith(".safetensors")
 
 
-def _first(error: Exception) -> str:
+def _first(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if text.endswith(".") else f"{text}."

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from hub_cards.facts import RunFacts
+from hub_cards.sections import is_stock
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 INDEX = "model.safetensors.index.json"
@@ -29,6 +30,7 @@ OWN = ("recipe.json", "trainer_state.json", "training_args.json")  # written ane
 _FOLDERS = ("figures", ".eval_results", "additional_chat_templates")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _LINKED = ".safetensors"
+_FRONT = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\r?\n?", re.DOTALL)
 STAGING = ".publishing-"  # how the names of staging folders begin
 
 
@@ -60,6 +62,16 @@ def is_allowed(name: str, *, adapter: bool | None = None) -> bool:
     kinds = {True: ADAPTER, False: MODEL, None: (*ADAPTER, *MODEL)}[adapter]
     patterns = (*kinds, *_PROCESSOR.split(), *_BESIDE, *OWN)
     return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def is_unwritten(card: str) -> bool:
+    r"""Return whether a card is one that a library made and nobody completed: there is nothing to keep of it.
+
+    Example:
+        >>> is_unwritten("---\nlicense: mit\n---\n# My model\n")
+        False
+    """
+    return is_stock(_FRONT.sub("", card))
 
 
 def stage(run_dir: str | Path, target: str | Path, facts: RunFacts, *, merged: str | Path | None = None) -> Staged:
@@ -102,7 +114,7 @@ def stage(run_dir: str | Path, target: str | Path, facts: RunFacts, *, merged: s
             "publish alone: model.save_pretrained(folder, selected_adapters=[name])."
         )
     for name, path in sources.items():
-        if name not in OWN:
+        if name not in OWN and not (name == "README.md" and is_unwritten(path.read_text(encoding="utf-8"))):
             _place(path, folder / name)
     return Staged(folder, tuple(left_out))
 

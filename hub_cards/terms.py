@@ -12,7 +12,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from hub_cards import licences
 from hub_cards.facts import Licence, RunFacts
 from hub_cards.remote import Remote
-from hub_cards.sections import is_stock
+from hub_cards.staging import is_unwritten
 
 _FRONT = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\r?\n?", re.DOTALL)
 
@@ -70,8 +70,9 @@ def _stated(card: Mapping[str, object]) -> str | None:
 
 def _own_licence(there: Remote | None) -> str | None:
     """Return the licence that the repository's card states, unless nobody has stated it."""
-    match = _FRONT.match(there.card) if there and there.card else None
-    if match is None or there is None or there.card is None or is_stock(there.card[match.end() :]):
+    card = there.card if there is not None else None
+    match = _FRONT.match(card or "")
+    if card is None or match is None or is_unwritten(card):
         return None
     try:
         stated = yaml.safe_load(match[1])

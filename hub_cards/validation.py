@@ -38,11 +38,8 @@ def validate(folder: str | Path, files: Mapping[str, Path], *, elsewhere: Collec
     Raises:
         ValueError: the first thing that is wrong, with the file.
     """
+    check_weights(files)
     for name, path in files.items():
-        if name.endswith(".safetensors"):
-            _check_weights(name, path)
-        elif _is_pickle(path):
-            raise ValueError(f"`{name}` is a pickle, which runs code when it is loaded; remove it, or save it as text.")
         if name.endswith(".json"):
             _check_json(name, path)
     _check_shards(files)
@@ -147,7 +144,26 @@ def _runs_code(value: Any) -> bool:
     return isinstance(value, list) and any(_runs_code(item) for item in value)
 
 
-def _check_weights(name: str, path: Path) -> None:
+def check_weights(files: Mapping[str, Path]) -> None:
+    """Check that all safetensors files are whole, and that no file is a pickle.
+
+    Args:
+        files: by name.
+
+    Raises:
+        ValueError: one is cut short, damaged, empty, or a pickle.
+    """
+    for name, path in files.items():
+        if _is_pickle(path):
+            raise ValueError(
+                f"`{name}` is a pickle, which runs code when it is loaded; expected another format. Save weights with "
+                "save_pretrained, which writes safetensors, or remove the file."
+            )
+        if name.endswith(".safetensors"):
+            _check_stored(name, path)
+
+
+def _check_stored(name: str, path: Path) -> None:
     stored = sorted(read_header(path).items(), key=lambda item: (item[1].start, item[1].end))
     if not stored:
         raise ValueError(f"`{name}` holds no tensors; save the model again.")
