@@ -63,9 +63,9 @@ def merge_adapter(
         raise ValueError(f"the merged weights {shortened(broken)} are not finite; expected numbers. Train again.")
     if facts.dtype is not None:
         merged = merged.to(getattr(torch, facts.dtype))
+    processor = load_processor(run, merged.config)
     target.mkdir(parents=True, exist_ok=True)
     with undisturbed():
         merged.save_pretrained(target)
-    processor = load_processor(run, merged.config)
     if processor is not None:
         processor.save_pretrained(target)

@@ -104,8 +104,6 @@ def pull(
         loaded = load_full(facts, run)
         model, base_revision = loaded, None
     processor = load_processor(run, loaded.config)
-    if getattr(loaded.config, "pad_token_id", 0) is None and getattr(processor, "pad_token_id", None) is not None:
-        loaded.config.pad_token_id = processor.pad_token_id  # decoders that classify need it for more than one text
     model = nn.Module.to(model, device=device, dtype=dtype).eval()
     labels = tuple(name for _, name in sorted(facts.id2label.items(), key=lambda item: int(item[0])))
     return Pulled(model, processor, facts, labels, run.repo_id, run.revision, base_revision)
@@ -166,7 +164,13 @@ def find_base(
 
 
 def load_processor(run: Snapshot, config: Any) -> Any:
-    """Return the processor whose files a folder has; None if there are none."""
+    """Return the processor whose files a folder has; None if there are none.
+
+    Args:
+        run: the folder.
+        config: of the model; it takes over the padding token if it has none, which decoders that classify need for
+            more than one text at a time.
+    """
     loaders: dict[str, Any] = {
         "processor_config.json": AutoProcessor,
         "tokenizer_config.json": AutoTokenizer,
@@ -179,7 +183,10 @@ def load_processor(run: Snapshot, config: Any) -> Any:
     if loader is AutoImageProcessor and "feature_extractor_type" in read_json(run.folder / name):
         loader = AutoFeatureExtractor
     options = {"config": config} if loader is AutoTokenizer else {}
-    return loader.from_pretrained(run.folder, local_files_only=True, trust_remote_code=False, **options)
+    processor = loader.from_pretrained(run.folder, local_files_only=True, trust_remote_code=False, **options)
+    if getattr(config, "pad_token_id", 0) is None:
+        config.pad_token_id = getattr(processor, "pad_token_id", None)
+    return processor
 
 
 def _local_base(folder: Path) -> str | None:

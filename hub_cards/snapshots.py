@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
+from huggingface_hub.utils import httpx
 
 from hub_cards.facts import RECIPE
 from hub_cards.fingerprints import file_sha256, read_header
@@ -59,12 +60,12 @@ def resolve(repo_id: str, revision: str | None, token: str | None) -> str:
     """
     try:
         return resolve_revision(repo_id, revision=revision, token=token).resolved
-    except (RevisionResolutionError, HfHubHTTPError) as error:
+    except (RevisionResolutionError, httpx.HTTPError) as error:
         if denied := _denied(error, repo_id, revision or "main"):
             raise denied from error
         raise ConnectionError(
-            f"the commit of `{repo_id}` at {revision or 'main'} is not in the cache, and the Hub did not say: {error} "
-            "Connect, or pass as revision= a commit that was pulled before."
+            f"the commit of `{repo_id}` at {revision or 'main'} is not in the cache, and the Hub did not say: "
+            f"{_line(error)} Connect, or pass as revision= a commit that was pulled before."
         ) from error
 
 
@@ -84,17 +85,21 @@ def fetch(repo_id: str, revision: str, name: str, token: str | None, *, optional
             return Path(hf_hub_download(repo_id, name, revision=revision, token=token))
     except LocalEntryNotFoundError as error:
         reason = error.__cause__ or error
-        why = "offline mode is on" if isinstance(reason, OfflineModeIsEnabled) else f"the Hub did not answer: {reason}"
+        why = (
+            "offline mode is on."
+            if isinstance(reason, OfflineModeIsEnabled)
+            else f"the Hub did not answer: {_line(reason)}"
+        )
         raise FileNotFoundError(
-            f"`{name}` of `{repo_id}` at {revision} is not in the cache, and {why}. Connect, and call again."
+            f"`{name}` of `{repo_id}` at {revision} is not in the cache, and {why} Connect, and call again."
         ) from error
     except RemoteEntryNotFoundError:
         pass
-    except (HfHubHTTPError, OSError) as error:
+    except (httpx.HTTPError, OSError) as error:
         if denied := _denied(error, repo_id, revision):
             raise denied from error
         raise OSError(
-            f"`{name}` of `{repo_id}` at {revision} could not be downloaded: {error} The cache has "
+            f"`{name}` of `{repo_id}` at {revision} could not be downloaded: {_line(error)} The cache has "
             "no part of it; call again."
         ) from error
     if optional:
@@ -255,7 +260,7 @@ def _listing(repo_id: str, revision: str, token: str | None) -> list[str]:
     """Return the names of all files, for the words of an error; none if the Hub does not say."""
     try:
         return list(list_repo_files(repo_id, revision=revision, token=token))
-    except (HfHubHTTPError, OSError):
+    except (httpx.HTTPError, OSError):
         return []
 
 
@@ -285,6 +290,11 @@ def _denied(error: Exception, repo_id: str, revision: str) -> Exception | None:
         )
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
         return PermissionError(
-            f"the Hub refuses `{repo_id}`: {error} Pass another token=, or log in (`hf auth login`)."
+            f"the Hub refuses `{repo_id}`: {_line(error)} Pass another token=, or log in (`hf auth login`)."
         )
     return None
+
+
+def _line(error: object) -> str:
+    """Return the words of a client's error on one line, with its end."""
+    return f"{' '.join(str(error).split()).rstrip('.')}."

@@ -1,10 +1,14 @@
 """Real runs of tiny models whose base is a repository of the test Hub, and the folder that a published run is."""
 
+import atexit
 import copy
+import functools
 import hashlib
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +68,7 @@ class Kind:
     adapter: peft.PeftConfig | None = None
     inputs: str = "input_ids"
     dtype: torch.dtype | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    float_head: bool = False  # the head in float32 on a base in bfloat16
 
 
 def lora(*targets: str, **options: Any) -> peft.LoraConfig:
@@ -100,77 +104,14 @@ ADAPTERS = [name for name, kind in KINDS.items() if kind.adapter]
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, its model in eval mode and what that says of some inputs."""
+    """A finished run: its folder, that of its base, the class of its model, and what it says of some inputs."""
 
+    kind: str
     folder: Path
-    model: nn.Module
+    base: Path
+    model_class: type[PreTrainedModel]
     inputs: dict[str, torch.Tensor]
     logits: torch.Tensor
-
-
-def base_files(kind: str, folder: Path, *, seed: int = 0, head: bool = False, **save: Any) -> dict[str, Path]:
-    """The files of a pretrained model without a head, or with one of five classes, saved by transformers."""
-    model = KINDS[kind].make()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in sorted(model.named_parameters()):
-            weight.add_(0.02 * torch.randn(weight.shape, generator=generator)) if name else None
-    part = model if head else model.base_model
-    if KINDS[kind].dtype:
-        part = part.to(KINDS[kind].dtype)
-    part.save_pretrained(folder, **save)
-    return {path.name: path for path in folder.iterdir()}
-
-
-def train(kind: str, base: str | Path, folder: Path, *, revision: str | None = None, steps: int = 3) -> Run:
-    """A short run from a base, on the Hub or local."""
-    spec = KINDS[kind]
-    torch.manual_seed(7)
-    model = type(spec.make()).from_pretrained(
-        str(base),
-        revision=revision or "main",
-        num_labels=3,
-        id2label=LABELS,
-        label2id={n: i for i, n in LABELS.items()},
-    )
-    model.accepts_loss_kwargs = False
-    if spec.inputs == "input_ids" and model.config.pad_token_id is None:
-        model.config.pad_token_id = 0
-    if spec.adapter is not None:
-        model = peft.get_peft_model(model, copy.deepcopy(spec.adapter))
-    images = spec.inputs == "pixel_values"
-    data = tiny.images(32) if images else tiny.texts(32)
-    words = {} if images else {"processing_class": tokenizer()}
-    trainer = Trainer(
-        model, tiny.arguments(folder, max_steps=steps, logging_steps=1, use_cpu=True),
-        train_dataset=data, eval_dataset=data[:8], **words,
-    )  # fmt: skip
-    attach(trainer, base_revision=revision)
-    trainer.train()
-    trainer.save_model()
-    trainer.save_state()
-    inputs = {spec.inputs: torch.stack([torch.as_tensor(row[spec.inputs]) for row in data[:8]])}
-    trained = trainer.model.eval()
-    return Run(folder, trained, inputs, logits(trained, inputs))
-
-
-def logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    dtype = next(model.parameters()).dtype
-    with torch.no_grad():
-        return model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}).logits
-
-
-def published(run: Path, repo_id: str, **changes: Any) -> dict[str, bytes]:
-    """The files of a run as `publish` puts them on the Hub, with a manifest."""
-    files = {
-        str(path.relative_to(run)): path.read_bytes()
-        for path in sorted(run.rglob("*"))
-        if path.is_file() and path.name not in NOT_PUBLISHED
-    }
-    recipe = json.loads((run / "recipe.json").read_text())
-    listed = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    recipe["published"] = {"repo_id": repo_id, "merged": False, "licence": None, "files": listed, **changes}
-    return {**files, "recipe.json": json.dumps(recipe).encode(), "README.md": b"---\nlicense: mit\n---\n# A card\n"}
 
 
 @dataclass(frozen=True)
@@ -184,9 +125,90 @@ class OnHub:
     base_sha: str
 
 
-def on_hub(hub: HubServer, kind: str, tmp_path: Path, **base: Any) -> OnHub:
-    """A base on the Hub, a run from it, and the run on the Hub."""
-    base_sha = hub.seed("acme/base", base_files(kind, tmp_path / "base", **base), user="alice")
-    run = train(kind, "acme/base", tmp_path / "run", revision=base_sha)
-    sha = hub.seed("acme/run", published(run.folder, "acme/run"), user="alice")
+def save_base(kind: str, folder: Path, *, seed: int = 0, whole: bool = False, **options: Any) -> Path:
+    """The folder of a pretrained model; without its head unless `whole`."""
+    model = KINDS[kind].make()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
+    part = model if whole else model.base_model
+    part.to(KINDS[kind].dtype or torch.float32).save_pretrained(folder, **options)
+    return folder
+
+
+def train(kind: str, base: Path, folder: Path) -> Run:
+    """A short run from the folder of a base."""
+    spec = KINDS[kind]
+    torch.manual_seed(7)
+    model = type(spec.make()).from_pretrained(
+        base, num_labels=3, id2label=LABELS, label2id={name: number for number, name in LABELS.items()}
+    )
+    model.accepts_loss_kwargs = False
+    if "pad_token_id" in model.config.to_dict():
+        model.config.pad_token_id = 0
+    if spec.adapter is not None:
+        model = peft.get_peft_model(model, copy.deepcopy(spec.adapter))
+        if spec.float_head:
+            model.base_model.model.classifier.modules_to_save["default"].float()
+    images = spec.inputs == "pixel_values"
+    data = tiny.images(32) if images else tiny.texts(32)
+    words = {} if images else {"processing_class": tokenizer()}
+    trainer = Trainer(
+        model, tiny.arguments(folder, max_steps=3, logging_steps=3),
+        train_dataset=data, eval_dataset=data[:8], **words,
+    )  # fmt: skip
+    attach(trainer)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    inputs = {spec.inputs: torch.stack([torch.as_tensor(row[spec.inputs]) for row in data[:8]])}
+    return Run(kind, folder, base, type(spec.make()), inputs, logits(trainer.model.eval(), inputs))
+
+
+_FOLDERS = tempfile.mkdtemp(prefix="runs-")
+atexit.register(shutil.rmtree, _FOLDERS, ignore_errors=True)
+
+
+@functools.cache
+def trained(kind: str) -> Run:
+    """A run of a kind, made once in a session. Its folders are not to be changed."""
+    base = save_base(kind, Path(_FOLDERS, kind, "base"))
+    return train(kind, base, Path(_FOLDERS, kind, "run"))
+
+
+def logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    dtype = next(model.parameters()).dtype
+    with torch.no_grad():
+        return model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}).logits
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def published(run: Run, repo_id: str, base: str | None, base_sha: str | None) -> dict[str, bytes]:
+    """The files of a run as `publish` puts them on the Hub; without a base, one that began from a local folder."""
+    files = {name: data for name, data in contents(run.folder).items() if name not in NOT_PUBLISHED}
+    recipe = json.loads((run.folder / "recipe.json").read_text())
+    recipe["model"] |= {"name_or_path": base or "base", "local": base is None, "revision": base_sha}
+    if "adapter_config.json" in files:
+        settings = json.loads(files["adapter_config.json"])
+        settings |= {"base_model_name_or_path": base, "revision": base_sha}
+        files["adapter_config.json"] = json.dumps(settings).encode()
+    return with_manifest(files, recipe, repo_id)
+
+
+def with_manifest(files: Mapping[str, bytes], recipe: dict[str, Any], repo_id: str) -> dict[str, bytes]:
+    """The files with a `recipe.json` that lists them, and a card."""
+    listed = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    recipe["published"] = {"repo_id": repo_id, "merged": False, "licence": None, "files": listed}
+    return {**files, "recipe.json": json.dumps(recipe).encode(), "README.md": b"---\nlicense: mit\n---\n# A card\n"}
+
+
+def on_hub(hub: HubServer, kind: str, **options: Any) -> OnHub:
+    """A run of a kind on the Hub, and its base."""
+    run = trained(kind)
+    base_sha = hub.seed("acme/base", contents(run.base), user="alice", **options)
+    sha = hub.seed("acme/run", published(run, "acme/run", "acme/base", base_sha), user="alice", **options)
     return OnHub(run, "acme/run", sha, "acme/base", base_sha)

@@ -1,0 +1,275 @@
+"""The evaluation on a card, done again on the same rows with the pulled model, and compared."""
+
+import copy
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, load_dataset
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+from hub_cards.facts import Data, RunFacts, Split
+from hub_cards.loading import shortened
+from hub_cards.pull import Pulled, pull
+
+READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# What changes the numbers of an evaluation besides model and rows.
+_ARGUMENTS = ("per_device_eval_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval")
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a task is evaluated: rows to inputs of the model, and its metrics from predictions and labels."""
+
+    encode: Callable[[Pulled, Dataset, Data], Dataset]
+    metrics: Mapping[str, Callable[[Array, Array], float]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number on the card and the one found; `found` is None for a metric that cannot be computed again here."""
+
+    split: str
+    metric: str
+    card: float
+    found: float | None
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the numbers are the same within the tolerance, or none was found."""
+        return self.found is None or abs(self.found - self.card) <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The numbers on a card beside those found; `str()` is a table.
+
+    Example:
+        >>> print(Verification((Check("test", "accuracy", 0.9, 0.9, 1e-6), Check("test", "loss", 0.3, 0.4, 1e-4))))
+        split  metric    card      found     difference
+        test   accuracy  0.900000  0.900000  +0.0e+00
+        test   loss      0.300000  0.400000  +1.0e-01 > 1e-04
+    """
+
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether all numbers that were found are those on the card."""
+        return all(check.ok for check in self.checks)
+
+    def __str__(self) -> str:
+        """Return the table."""
+        rows = [("split", "metric", "card", "found", "difference")]
+        for check in self.checks:
+            row = (check.split, check.metric, f"{check.card:.6f}")
+            if check.found is None:
+                rows.append((*row, "-", "not computed again"))
+            else:
+                beyond = "" if check.ok else f" > {check.tolerance:.0e}"
+                rows.append((*row, f"{check.found:.6f}", f"{check.found - check.card:+.1e}{beyond}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def verify(
+    pulled: Pulled | str | Path,
+    *,
+    data: Dataset | str | Path | None = None,
+    split: str | None = None,
+    tolerance: float = 1e-6,
+    loss_tolerance: float = 1e-4,
+    token: str | None = None,
+) -> Verification:
+    """Return the card's numbers beside those of the same evaluation done again.
+
+    The rows are those of the data set at the recorded commit, or `data`; they are compared by their content first. The
+    evaluation is that of the Trainer, with the recorded batch size and precision.
+
+    Args:
+        pulled: what `pull` returned, or what to pull.
+        data: the rows, or a CSV, TSV, JSON, JSON Lines or Parquet file of them: for data that are not on the Hub. The
+            file from which training held rows out will do as well.
+        split: the split to evaluate, named as on the card; needed with `data` where the card has several.
+        tolerance: allowed difference of a metric. One row of a million that is classified otherwise is beyond it.
+        loss_tolerance: allowed difference of the loss, for machines that add in another order.
+        token: as for `pull`, and for the data set.
+
+    Raises:
+        ValueError: nothing on the card can be computed again, or the data are not those of the card.
+
+    Example:
+        >>> verify("hub_cards")
+        Traceback (most recent call last):
+        FileNotFoundError: `hub_cards` holds no recipe.json; expected the output_dir of a run: call ...
+    """
+    model = pulled if isinstance(pulled, Pulled) else pull(pulled, token=token)
+    facts = model.facts
+    task, known = TASKS.get(facts.task or ""), facts.data
+    if task is None or known is None:
+        raise ValueError(
+            f"the task on the card is `{facts.task}`{'' if known else ', without data'}; expected one of "
+            f"{', '.join(TASKS)} with the data it was evaluated on. Evaluate the pulled model yourself."
+        )
+    splits = [name for name in dict.fromkeys(result.split for result in facts.results) if name in known.splits]
+    if split is not None:
+        splits = [name for name in splits if name == split]
+    if not splits or (data is not None and len(splits) > 1):
+        raise ValueError(
+            f"`split` is `{split}`; expected one that the card has both data and results of: "
+            f"{shortened({result.split for result in facts.results} & known.splits.keys()) or 'there is none'}."
+        )
+    checks: list[Check] = []
+    for name in splits:
+        found = _evaluate(model, task, find_rows(facts, name, data, token))
+        for result in facts.results:
+            if result.split == name:
+                allowed = loss_tolerance if result.metric == "loss" else tolerance
+                checks.append(Check(name, result.metric, result.value, found.get(result.metric), allowed))
+    if all(check.found is None for check in checks):
+        raise ValueError(
+            f"the card has {shortened(check.metric for check in checks)}, of which none can be computed again; "
+            f"expected one of {shortened([*task.metrics, 'loss'])}. Evaluate the pulled model yourself."
+        )
+    return Verification(tuple(checks))
+
+
+def find_rows(facts: RunFacts, split: str, data: Dataset | str | Path | None, token: str | None = None) -> Dataset:
+    """Return the rows that a split of the card was evaluated on, after their content was compared.
+
+    Raises:
+        ValueError: the data are local and `data` is None, or they are not those of the card.
+    """
+    known = facts.data
+    assert known is not None
+    expected = known.splits[split]
+    if data is None and (known.local or known.name is None):
+        raise ValueError(
+            f"the card was evaluated on `{known.name}`, a file of another machine; pass data= with these "
+            f"{expected.rows} rows, whose content has the SHA-256 {(expected.fingerprint or 'not recorded')[:16]}."
+        )
+    rows = _load(known, expected, split, data, token)
+    missing = set(known.columns.values()) - set(rows.column_names)
+    if missing or not known.columns:
+        raise ValueError(f"the data have no column {shortened(missing)}; expected {shortened(known.columns.values())}.")
+    candidates = [rows]
+    held = facts.preprocessing.get("validation_split_percentage")
+    if held is not None:  # training held the rows out of `train`
+        seed = facts.preprocessing.get("split_seed")
+        candidates.append(rows.train_test_split(test_size=held / 100, seed=seed)["test"])
+    found = [content_fingerprint(candidate, known.columns) for candidate in candidates]
+    if expected.fingerprint not in found:
+        recorded = f"{expected.fingerprint[:16]} of {expected.rows} rows" if expected.fingerprint else "one on the card"
+        raise ValueError(
+            f"the {rows.num_rows} rows are not those of `{split}` on the card: their content has the SHA-256 "
+            f"{found[0][:16]}, expected {recorded}. Give the rows that the run was evaluated on as data=."
+        )
+    return candidates[found.index(expected.fingerprint)]
+
+
+def content_fingerprint(rows: Dataset, columns: Mapping[str, str]) -> str:
+    """Return the SHA-256 of the rows' content, as `recipe.json` has it.
+
+    Of each row a line of JSON: its roles in alphabetic order, ASCII, ended by a newline. The value with the role
+    `label` is text: the class's name where the column has names, else the value as Python writes it.
+
+    Args:
+        rows: the data; their order counts.
+        columns: role, such as `text` and `label`, to column.
+
+    Example:
+        >>> rows = Dataset.from_dict({"text": ["a"], "class": ["no"]})
+        >>> found = content_fingerprint(rows, {"text": "text", "label": "class"})
+        >>> found == hashlib.sha256(b'{"label": "no", "text": "a"}' + bytes([10])).hexdigest()
+        True
+    """
+    digest = hashlib.sha256()
+    values = {role: rows.with_format(None)[column] for role, column in columns.items()}
+    if "label" in columns:
+        values["label"] = label_names(rows, columns["label"])
+    for row in zip(*values.values(), strict=True):
+        digest.update(f"{json.dumps(dict(zip(values, row, strict=True)), sort_keys=True)}\n".encode("ascii"))
+    return digest.hexdigest()
+
+
+def label_names(rows: Dataset, column: str) -> list[str | None]:
+    """Return the labels of rows as text: the class's name where the column has names.
+
+    Example:
+        >>> label_names(Dataset.from_dict({"label": [0, 1]}), "label")
+        ['0', '1']
+    """
+    feature = rows.features[column]
+    names = feature.names if isinstance(feature, ClassLabel) else None
+    values = rows.with_format(None)[column]
+    return [None if v is None else names[v] if names and v >= 0 else str(v) for v in values]
+
+
+def _load(known: Data, expected: Split, split: str, data: Dataset | str | Path | None, token: str | None) -> Dataset:
+    if isinstance(data, Dataset):
+        return data
+    if data is None:
+        source = expected.source or split
+        return load_dataset(known.name, known.config, split=source, revision=known.revision, token=token)
+    suffix = Path(data).suffix.lower()
+    if suffix not in READERS or not Path(data).is_file():
+        raise ValueError(f"`data` is `{data}`; expected a file that is there and ends in one of {', '.join(READERS)}.")
+    kwargs = {"sep": "\t"} if suffix == ".tsv" else {}
+    return load_dataset(READERS[suffix], data_files=str(data), split="train", **kwargs)
+
+
+def _evaluate(pulled: Pulled, task: Task, rows: Dataset) -> dict[str, float]:
+    """Return the metrics of a model on rows, as the Trainer computes them with the run's batch size and precision."""
+    facts = pulled.facts
+    assert facts.data is not None
+    recorded = {name: facts.training_arguments[name] for name in _ARGUMENTS if name in facts.training_arguments}
+    model = pulled.model
+    if recorded.get("bf16_full_eval") or recorded.get("fp16_full_eval"):
+        model = copy.deepcopy(model)  # the Trainer casts it in place
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder, report_to="none", disable_tqdm=True, use_cpu=on_cpu, label_names=["labels"],
+            dataloader_pin_memory=not on_cpu, **recorded,
+        )  # fmt: skip
+        collator = DataCollatorWithPadding(pulled.processor)
+        trainer = Trainer(model, args, data_collator=collator, processing_class=pulled.processor)
+        outcome = trainer.predict(task.encode(pulled, rows, facts.data))
+    model.eval()
+    predictions: Any = outcome.predictions
+    predictions = predictions[0] if isinstance(predictions, tuple) else predictions
+    found = {name: metric(predictions, np.asarray(outcome.label_ids)) for name, metric in task.metrics.items()}
+    return {**found, "loss": float((outcome.metrics or {})["test_loss"])}
+
+
+def _encode_texts(pulled: Pulled, rows: Dataset, data: Data) -> Dataset:
+    """Return tokenised texts with the numbers of their labels."""
+    numbers: dict[str | None, int] = {name: number for number, name in enumerate(pulled.labels)}
+    names = label_names(rows, data.columns["label"])
+    if unknown := {str(name) for name in names if name not in numbers}:
+        raise ValueError(
+            f"the data have the labels {shortened(unknown)}; expected those of the model: {pulled.labels}."
+        )
+    texts = list(rows.with_format(None)[data.columns["text"]])
+    encoded = pulled.processor(texts, truncation=True, max_length=pulled.facts.preprocessing.get("max_length"))
+    return Dataset.from_dict({**encoded, "labels": [numbers[name] for name in names]})
+
+
+def _accuracy(predictions: Array, labels: Array) -> float:
+    return float(accuracy_score(labels, predictions.argmax(-1)))
+
+
+def _macro_f1(predictions: Array, labels: Array) -> float:
+    return float(f1_score(labels, predictions.argmax(-1), average="macro", zero_division=0))
+
+
+TASKS = {"text-classification": Task(_encode_texts, {"accuracy": _accuracy, "f1": _macro_f1})}
