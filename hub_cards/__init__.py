@@ -1,22 +1,66 @@
 """From the files of a training run to a card that tells the truth, to the Hub, and back.
 
-The names below are the public ones. Those of `pull` and of the registry need torch, and are imported when first used.
+The names below are the public ones. Those that need torch are imported when they are first used.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from hub_cards.card import Card, render, write_card
 from hub_cards.facts import RunFacts, read_facts
+from hub_cards.licences import LicenceError
 from hub_cards.publication import Publication
 from hub_cards.publish import publish
+from hub_cards.registry import AdapterInfo, compare_adapters, list_adapters
 from hub_cards.remote import ConcurrentPushError, PublishError
+from hub_cards.scan import SecretFoundError
+
+if TYPE_CHECKING:
+    from hub_cards.adapters import AdapterSet, load_adapters
+    from hub_cards.combining import merge_adapters
+    from hub_cards.merge import merge_adapter
+    from hub_cards.pull import Pulled, pull
+    from hub_cards.verify import Verification, verify
+
+_LAZY = {
+    "AdapterSet": "adapters",
+    "Pulled": "pull",
+    "Verification": "verify",
+    "load_adapters": "adapters",
+    "merge_adapter": "merge",
+    "merge_adapters": "combining",
+    "pull": "pull",
+    "verify": "verify",
+}
 
 __all__ = [
+    "AdapterInfo",
+    "AdapterSet",
     "Card",
     "ConcurrentPushError",
+    "LicenceError",
     "Publication",
     "PublishError",
+    "Pulled",
     "RunFacts",
+    "SecretFoundError",
+    "Verification",
+    "compare_adapters",
+    "list_adapters",
+    "load_adapters",
+    "merge_adapter",
+    "merge_adapters",
     "publish",
+    "pull",
     "read_facts",
     "render",
+    "verify",
     "write_card",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch, when it is first used."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
