@@ -9,28 +9,28 @@ from typing import TYPE_CHECKING, Any
 from hub_cards.card import Card, render, write_card
 from hub_cards.facts import RunFacts, read_facts
 from hub_cards.licences import LicenceError
-from hub_cards.publication import Publication
-from hub_cards.publish import publish
-from hub_cards.registry import AdapterInfo, compare_adapters, list_adapters
-from hub_cards.remote import ConcurrentPushError, PublishError
-from hub_cards.scan import SecretFoundError
+from hub_cards.publishing.publication import Publication
+from hub_cards.publishing.publish import publish
+from hub_cards.publishing.remote import ConcurrentPushError, PublishError
+from hub_cards.registry.listing import AdapterInfo, compare_adapters, list_adapters
+from hub_cards.scanning.scan import SecretFoundError
 
 if TYPE_CHECKING:
-    from hub_cards.adapters import AdapterSet, load_adapters
-    from hub_cards.combining import merge_adapters
-    from hub_cards.merge import merge_adapter
-    from hub_cards.pull import Pulled, pull
-    from hub_cards.verify import Verification, verify
+    from hub_cards.pulling.merge import merge_adapter
+    from hub_cards.pulling.pull import Pulled, pull
+    from hub_cards.pulling.verify import Verification, verify
+    from hub_cards.registry.adapter_set import AdapterSet, load_adapters
+    from hub_cards.registry.combining import merge_adapters
 
 _LAZY = {
-    "AdapterSet": "adapters",
-    "Pulled": "pull",
-    "Verification": "verify",
-    "load_adapters": "adapters",
-    "merge_adapter": "merge",
-    "merge_adapters": "combining",
-    "pull": "pull",
-    "verify": "verify",
+    "AdapterSet": "registry.adapter_set",
+    "Pulled": "pulling.pull",
+    "Verification": "pulling.verify",
+    "load_adapters": "registry.adapter_set",
+    "merge_adapter": "pulling.merge",
+    "merge_adapters": "registry.combining",
+    "pull": "pulling.pull",
+    "verify": "pulling.verify",
 }
 
 __all__ = [

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hub_cards.card import write_card
 from hub_cards.facts import read_facts
-from hub_cards.publish import publish
+from hub_cards.publishing.publish import publish
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

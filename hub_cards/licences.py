@@ -79,7 +79,14 @@ LATER = {
 
 
 class LicenceError(ValueError):
-    """Raised for a licence that contradicts the base's or the data's, and for an identifier the Hub does not know."""
+    """Raised for a licence that contradicts the base's or the data's, and for an identifier the Hub does not know.
+
+    Example:
+        >>> resolve("mit", base="cc-by-nc-4.0")
+        Traceback (most recent call last):
+            ...
+        hub_cards.licences.LicenceError: ...
+    """
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from hub_cards import licences
 from hub_cards.facts import Licence, RunFacts
-from hub_cards.remote import Remote
-from hub_cards.staging import is_unwritten
+from hub_cards.publishing.remote import Remote
+from hub_cards.publishing.staging import is_unwritten
 
 _FRONT = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\r?\n?", re.DOTALL)
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from hub_cards.merge import merge_adapter
+from hub_cards.pulling.merge import merge_adapter
 from tests.hub_cards import pullable
 from tests.hub_server import HubServer
 

@@ -14,8 +14,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from hub_cards import loading
-from hub_cards.pull import Pulled, pull
+from hub_cards.pulling import loading
+from hub_cards.pulling.pull import Pulled, pull
 from tests.hub_cards import pullable
 from tests.hub_server import HubServer
 

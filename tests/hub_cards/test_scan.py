@@ -22,8 +22,8 @@ import torch
 from PIL import Image, PngImagePlugin
 from transformers import TrainingArguments
 
-from hub_cards.encodings import views
-from hub_cards.scan import Finding, SecretFoundError, check, scan
+from hub_cards.scanning.encodings import views
+from hub_cards.scanning.scan import Finding, SecretFoundError, check, scan
 
 ALNUM, HEX, UPPER = string.ascii_letters + string.digits, "0123456789abcdef", string.ascii_uppercase + "234567"
 WORD = ALNUM + "_-"

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from hub_cards import read_facts
-from hub_cards.own_files import write_own
-from hub_cards.scan import SecretFoundError
-from hub_cards.staging import is_allowed, stage
-from hub_cards.validation import check_metadata
+from hub_cards.publishing.own_files import write_own
+from hub_cards.publishing.staging import is_allowed, stage
+from hub_cards.publishing.validation import check_metadata
+from hub_cards.scanning.scan import SecretFoundError
 from tests.hub_cards import runs, trained
 from tests.hub_cards.trained import RUN, Run, go, writes
 from tests.hub_server import HubServer

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hub_cards.loading import shortened
-from hub_cards.sharing import equal
+from hub_cards.pulling.loading import shortened
+from hub_cards.registry.sharing import equal
 
 AVERAGE, UNION = "average", "union"
 

@@ -12,10 +12,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from hub_cards.adapters import AdapterSet, Member, load_adapters, repositories
-from hub_cards.heads import AVERAGE, UNION, Head, averaged, united
-from hub_cards.loading import shortened
-from hub_cards.sharing import below, configs, whole_modules, wrappers
+from hub_cards.pulling.loading import shortened
+from hub_cards.registry.adapter_set import AdapterSet, Member, load_adapters, repositories
+from hub_cards.registry.heads import AVERAGE, UNION, Head, averaged, united
+from hub_cards.registry.sharing import below, configs, whole_modules, wrappers
 
 _WITH_DENSITY = ("ties", "dare_ties", "dare_linear", "magnitude_prune")
 _SPECIAL = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication")

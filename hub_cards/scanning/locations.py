@@ -12,7 +12,7 @@ closing tag and a formula are none. Decided here, since the text alone does not 
 import re
 from collections.abc import Iterator
 
-from hub_cards.detect import RESERVED_HOST, Hit, starts_of
+from hub_cards.scanning.detect import RESERVED_HOST, Hit, starts_of
 
 EMAIL, PATH = "e-mail address", "absolute path"
 

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from hub_cards.facts import RECIPE, RunFacts, read_facts
-from hub_cards.loading import load_adapter, load_base, load_full
 from hub_cards.paths import is_repo_id
-from hub_cards.snapshots import Snapshot, fetch_base, fetch_run, local_snapshot, read_json, resolve
+from hub_cards.pulling.loading import load_adapter, load_base, load_full
+from hub_cards.pulling.snapshots import Snapshot, fetch_base, fetch_run, local_snapshot, read_json, resolve
 
 
 @dataclass(frozen=True)

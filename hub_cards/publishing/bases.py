@@ -12,7 +12,7 @@ from huggingface_hub.hf_api import ModelInfo
 from hub_cards.facts import Base, RunFacts
 from hub_cards.fingerprints import read_header
 from hub_cards.paths import is_repo_id
-from hub_cards.proof import Proof, prove
+from hub_cards.publishing.proof import Proof, prove
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PEFT = "base_model.model."

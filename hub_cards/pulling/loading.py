@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from hub_cards.facts import RunFacts
 from hub_cards.fingerprints import bytes_hash, read_header
-from hub_cards.snapshots import Snapshot
+from hub_cards.pulling.snapshots import Snapshot
 
 ADAPTER = "adapter_model.safetensors"
 

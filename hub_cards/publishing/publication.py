@@ -4,8 +4,8 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hub_cards.remote import CARD, Remote
-from hub_cards.staging import Staged
+from hub_cards.publishing.remote import CARD, Remote
+from hub_cards.publishing.staging import Staged
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from hub_cards.contents import Problem, contents
-from hub_cards.detect import find_secrets, find_tokens
-from hub_cards.encodings import LONG, joined, packed, views
-from hub_cards.locations import EMAIL, PATH, find_emails, find_homes, find_paths
+from hub_cards.scanning.contents import Problem, contents
+from hub_cards.scanning.detect import find_secrets, find_tokens
+from hub_cards.scanning.encodings import LONG, joined, packed, views
+from hub_cards.scanning.locations import EMAIL, PATH, find_emails, find_homes, find_paths
 
 _DEPTH = 3  # encodings inside encodings: base64 of base64 of a token is found
 _WIDTH = 100  # characters of a line that are shown

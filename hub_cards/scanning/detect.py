@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from hub_cards.secrets import (
+from hub_cards.scanning.secrets import (
     ASSIGNMENT,
     BEARER,
     DISCORD,

@@ -20,7 +20,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from hub_cards.markdown import Markdown, cell, escape, number, size
 from hub_cards.paths import is_repo_id
-from hub_cards.snapshots import fetch
+from hub_cards.pulling.snapshots import fetch
 
 NOT_STATED = "not stated"
 CONFIG = "adapter_config.json"

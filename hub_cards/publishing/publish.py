@@ -14,19 +14,19 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from hub_cards import bases, remote
 from hub_cards.card import write_card
 from hub_cards.facts import RECIPE, RunFacts, read_facts
 from hub_cards.metadata import eval_results
-from hub_cards.own_files import write_manifest, write_own
 from hub_cards.paths import is_repo_id
-from hub_cards.publication import Publication, compared
-from hub_cards.ranks import on_first_rank
-from hub_cards.remote import ConcurrentPushError, PublishError, Remote, told
-from hub_cards.scan import check
-from hub_cards.staging import STAGING, Staged, stage
+from hub_cards.publishing import bases, remote
+from hub_cards.publishing.own_files import write_manifest, write_own
+from hub_cards.publishing.publication import Publication, compared
+from hub_cards.publishing.ranks import on_first_rank
+from hub_cards.publishing.remote import ConcurrentPushError, PublishError, Remote, told
+from hub_cards.publishing.staging import STAGING, Staged, stage
+from hub_cards.publishing.validation import check_weights, validate
+from hub_cards.scanning.scan import check
 from hub_cards.terms import settle_licence
-from hub_cards.validation import check_weights, validate
 
 __all__ = ["ConcurrentPushError", "Publication", "PublishError", "publish"]
 
@@ -205,7 +205,7 @@ def _stage_again(run: Path, folder: Path, facts: RunFacts, *, merge: bool) -> St
     if not merge:
         return stage(run, folder, facts)
     with _staging_folder(run) as whole:
-        merge_adapter = importlib.import_module("hub_cards.merge").merge_adapter  # torch is loaded here only
+        merge_adapter = importlib.import_module("hub_cards.pulling.merge").merge_adapter  # torch is loaded here only
         merge_adapter(run, whole, base=facts.base.name, revision=facts.base.revision if facts.base.name else None)
         return stage(run, folder, facts, merged=whole)
 

@@ -20,7 +20,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from hub_cards.facts import RECIPE
 from hub_cards.fingerprints import file_sha256
-from hub_cards.staging import ADAPTER, MODEL, is_allowed
+from hub_cards.publishing.staging import ADAPTER, MODEL, is_allowed
 
 CARD = "README.md"
 _FAILURES = (HfHubHTTPError, httpx.HTTPError, LocalTokenNotFoundError, ConnectionError)

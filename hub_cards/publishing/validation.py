@@ -14,7 +14,7 @@ from huggingface_hub import EvalResultEntry, ModelCardData, parse_eval_result_en
 from hub_cards.facts import read_facts
 from hub_cards.fingerprints import read_header
 from hub_cards.paths import is_repo_id
-from hub_cards.staging import ADAPTER, INDEX
+from hub_cards.publishing.staging import ADAPTER, INDEX
 
 _FRONT = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
 _FENCED = re.compile(r"^ {0,3}(`{3,}|~{3,}).*?^ {0,3}\1[`~]*\s*$", re.DOTALL | re.MULTILINE)

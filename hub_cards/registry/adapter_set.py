@@ -10,9 +10,18 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
-from hub_cards.loading import ADAPTER, shortened, undisturbed
-from hub_cards.pull import Pulled, pull
-from hub_cards.sharing import OF_THE_HEAD, below, check_kind, check_same_base, configs, equal, whole_modules, wrappers
+from hub_cards.pulling.loading import ADAPTER, shortened, undisturbed
+from hub_cards.pulling.pull import Pulled, pull
+from hub_cards.registry.sharing import (
+    OF_THE_HEAD,
+    below,
+    check_kind,
+    check_same_base,
+    configs,
+    equal,
+    whole_modules,
+    wrappers,
+)
 
 
 @dataclass(frozen=True)

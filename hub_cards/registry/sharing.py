@@ -9,8 +9,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from hub_cards.loading import shortened
-from hub_cards.pull import Pulled
+from hub_cards.pulling.loading import shortened
+from hub_cards.pulling.pull import Pulled
 
 # Of a model's configuration: what belongs to the head and the tokenizer, not to the base.
 OF_THE_HEAD = ("id2label", "label2id", "problem_type", "pad_token_id")

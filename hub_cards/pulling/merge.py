@@ -6,9 +6,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from hub_cards.facts import read_facts
-from hub_cards.loading import adapter_name, load_adapter, load_base, shortened, undisturbed
-from hub_cards.pull import find_base, load_processor
-from hub_cards.snapshots import local_snapshot
+from hub_cards.pulling.loading import adapter_name, load_adapter, load_base, shortened, undisturbed
+from hub_cards.pulling.pull import find_base, load_processor
+from hub_cards.pulling.snapshots import local_snapshot
 
 
 def merge_adapter(

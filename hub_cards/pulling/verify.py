@@ -15,8 +15,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from hub_cards.facts import Data, RunFacts, Split
-from hub_cards.loading import shortened
-from hub_cards.pull import Pulled, pull
+from hub_cards.pulling.loading import shortened
+from hub_cards.pulling.pull import Pulled, pull
 
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # What changes the numbers of an evaluation besides model and rows.

@@ -1,0 +1,1 @@
+"""The adapters of one base: listed, compared, loaded side by side, and merged."""
