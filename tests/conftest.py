@@ -57,6 +57,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     for name, path in (("HF_HOME", home), ("HF_XET_CACHE", home / "xet"), ("HF_ASSETS_CACHE", home / "assets")):
         monkeypatch.setattr(constants, name, str(path))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "USE_PARQUET_EXPORT", False)  # it lives at another host, datasets-server
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
     monkeypatch.setattr(transformers.utils.hub, "HF_MODULES_CACHE", str(home / "modules"))
     yield online

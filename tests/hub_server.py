@@ -113,7 +113,7 @@ class HubServer(Hub):
         """Our environment for a process that is to meet this Hub, with `home` for its caches and `token` to log in."""
         kept = {key: value for key, value in os.environ.items() if key not in UNSET}
         place = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "0" if self.xet else "1"}
-        quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+        quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
         return kept | place | quiet | ({"HF_TOKEN": token} if token else {})
 
     def add_user(self, name: str, orgs: tuple[str, ...] = (), role: str = "write") -> str:
