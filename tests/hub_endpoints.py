@@ -4,59 +4,19 @@ import base64
 import contextlib
 import fnmatch
 import hashlib
-import itertools
 import json
-import os
 import re
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from email.message import Message
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qs, quote
 
 import yaml
 
 from tests import hub_metadata, hub_xet
-from tests.hub_store import Commit, Discussion, File, HubError, Repo, Store, is_lfs
+from tests.hub_core import PREFIX, Answer, Hub, Request
+from tests.hub_store import Commit, Discussion, File, HubError, Repo, is_lfs
 
-PREFIX = {"model": "", "dataset": "datasets/", "space": "spaces/"}
-
-
-@dataclass
-class Request:
-    """One call, as the endpoints see it and as `hub.requests` logs it."""
-
-    method: str
-    path: str
-    query: dict[str, list[str]]
-    headers: Message
-    body: bytes = b""
-    user: str | None = None
-    role: str | None = None
-    status: int = 0
-
-    def json(self) -> Any:
-        return json.loads(self.body or b"{}")
-
-    def flag(self, name: str) -> bool:
-        return self.query.get(name, ["0"])[0].lower() in ("1", "true")
-
-
-@dataclass
-class Answer:
-    """What an endpoint returns: JSON unless `data` is given."""
-
-    json: object = None
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-    data: bytes | None = None
-
-
-Content = bytes | str | Path
 Endpoint = Callable[..., Answer | object]
 ROUTES: list[tuple[str, re.Pattern[str], Endpoint]] = []
 PLACES = {
@@ -83,72 +43,6 @@ def route(method: str, pattern: str) -> Callable[[Endpoint], Endpoint]:
     return register
 
 
-_FOLDERS = itertools.count()
-
-
-class Hub:
-    """What the endpoints work on.
-
-    Args:
-        url: where it is served.
-        xet: offer xet, through a content store in a local folder, instead of LFS uploads.
-        part_size: bytes; larger LFS files are uploaded in parts of this size.
-        page_size: entries of a listing before it goes on at a `Link`.
-    """
-
-    def __init__(self, url: str, *, xet: bool = False, part_size: int = 1 << 30, page_size: int = 1000):
-        self.url, self.xet, self.part_size, self.page_size = url, xet, part_size, page_size
-        self.lock = threading.RLock()
-        self.store = Store()
-        self.races: dict[str, dict[str, bytes]] = {}  # what lands just before the next commit to a repository
-        self.parts: dict[str, dict[int, bytes]] = {}  # of multipart uploads that are not complete, by sha256
-        self.cas = Path(tempfile.gettempdir()) / f"hub-xet-{os.getpid()}-{next(_FOLDERS)}"
-
-    def seed(
-        self,
-        repo_id: str,
-        files: Mapping[str, Content],
-        *,
-        private: bool = False,
-        gated: str | bool = False,
-        repo_type: str = "model",
-        user: str | None = None,
-        revision: str = "main",
-        message: str = "seeded",
-    ) -> str:
-        """Commits files over the repository, which is made if it is new. Returns the commit's sha."""
-        with self.lock:
-            author = user or repo_id.partition("/")[0]
-            repo = self.store.repos.get((repo_type, repo_id)) or self.store.create(repo_type, repo_id, author, private)
-            repo.gated = gated or repo.gated
-            new = {path: self.store.keep(path, as_bytes(data)) for path, data in files.items()}
-            ref = repo.ref_name(revision) or f"refs/heads/{revision}"
-            before = repo.at(ref if ref in repo.refs else "main").files
-            return self.store.commit(repo, ref, {**before, **new}, author, message).sha
-
-    def race(self, repo_id: str, files: Mapping[str, Content]) -> None:
-        """Just before the next commit to the repository is handled, another one with these files lands on main."""
-        self.races[repo_id] = {path: as_bytes(data) for path, data in files.items()}
-
-    def content(self, file: File) -> bytes:
-        if file.sha256 not in self.store.blobs and file.xet:
-            self.store.blobs[file.sha256] = hub_xet.read(self.cas, file.xet, file.size)
-        return self.store.blobs[file.sha256]
-
-    def writable(self, request: Request, namespace: str) -> None:
-        if request.user is None:
-            raise HubError(401, "Invalid username or password.")
-        if not self.store.owns(namespace, request.user) or request.role != "write":
-            raise HubError(403, f"You don't have the rights to write to {namespace}")
-
-    def address(self, repo: Repo) -> str:
-        return f"{self.url}/{PREFIX[repo.type]}{repo.id}"
-
-
-def as_bytes(data: Content) -> bytes:
-    return data.read_bytes() if isinstance(data, Path) else data.encode() if isinstance(data, str) else data
-
-
 # -- endpoints: repositories ------------------------------------------------------------------------------------------
 
 
@@ -170,9 +64,8 @@ def create(hub: Hub, request: Request) -> Answer:
 @route("DELETE", "/api/repos/delete")
 def delete(hub: Hub, request: Request) -> object:
     wanted = request.json()
-    repo = hub.store.find(
-        wanted.get("type") or "model", f"{wanted.get('organization') or request.user}/{wanted['name']}", request.user
-    )
+    repo_id = f"{wanted.get('organization') or request.user}/{wanted['name']}"
+    repo = hub.store.find(wanted.get("type") or "model", repo_id, request.user)
     hub.writable(request, repo.namespace)
     del hub.store.repos[repo.type, repo.id]
     return {}
@@ -261,8 +154,7 @@ def preupload(hub: Hub, request: Request, kind: str, repo_id: str, revision: str
 @route("POST", r"/{P}{id}\.git/info/lfs/objects/batch")
 def lfs_batch(hub: Hub, request: Request, kind: str, repo_id: str) -> object:
     repo, asked, objects = hub.store.find(kind, repo_id, request.user), request.json(), []
-    if request.user is None:
-        raise HubError(401, "Invalid username or password.")
+    hub.signed_in(request)
     transfer = "basic"
     for wanted in asked["objects"]:
         oid, size = wanted["oid"], wanted["size"]
@@ -272,11 +164,9 @@ def lfs_batch(hub: Hub, request: Request, kind: str, repo_id: str) -> object:
         upload: dict[str, object] = {"href": f"{hub.url}/storage/{oid}"}
         if size > hub.part_size and "multipart" in asked["transfers"]:
             transfer, count = "multipart", -(-size // hub.part_size)
-            parts = {f"{n:05d}": f"{hub.url}/storage/{oid}/{n}" for n in range(1, count + 1)}
-            upload = {
-                "href": f"{hub.url}/storage/{oid}/complete",
-                "header": {"chunk_size": str(hub.part_size), **parts},
-            }
+            header = {f"{n:05d}": f"{hub.url}/storage/{oid}/{n}" for n in range(1, count + 1)}
+            header["chunk_size"] = str(hub.part_size)
+            upload = {"href": f"{hub.url}/storage/{oid}/complete", "header": header}
         verify = {"href": f"{hub.address(repo)}.git/info/lfs/objects/verify"}
         objects.append({"oid": oid, "size": size, "actions": {"upload": upload, "verify": verify}})
     return {"transfer": transfer, "objects": objects}
@@ -322,8 +212,7 @@ def lfs_verify(hub: Hub, request: Request, kind: str, repo_id: str) -> object:
 @route("POST", "/api/{T}/{id}/commit/{rev}")
 def commit(hub: Hub, request: Request, kind: str, repo_id: str, revision: str) -> object:
     repo = hub.store.find(kind, repo_id, request.user)
-    if request.user is None:
-        raise HubError(401, "Invalid username or password.")
+    hub.signed_in(request)
     pull_request = request.flag("create_pr")
     if not pull_request:
         hub.writable(request, repo.namespace)
@@ -352,12 +241,8 @@ def _apply(hub: Hub, files: dict[str, File], operations: list[dict[str, Any]]) -
         path = value["path"]
         match operation["key"]:
             case "file":
-                data = (
-                    base64.b64decode(value["content"])
-                    if value.get("encoding") == "base64"
-                    else value["content"].encode()
-                )
-                files[path] = hub.store.keep(path, data, lfs=False)
+                decode = base64.b64decode if value.get("encoding") == "base64" else str.encode
+                files[path] = hub.store.keep(path, decode(value["content"]), lfs=False)
             case "lfsFile":
                 if hub.xet and value["oid"] not in hub.store.blobs:
                     hub.store.xet.update(hub_xet.hashes(hub.cas))
@@ -383,6 +268,10 @@ def _apply(hub: Hub, files: dict[str, File], operations: list[dict[str, Any]]) -
 # -- endpoints: reading -----------------------------------------------------------------------------------------------
 
 
+BRIEF = ("_id", "id", "modelId", "likes", "private", "downloads", "tags", "pipeline_tag", "library_name", "createdAt")
+FULL = {"author", "sha", "lastModified", "gated", "disabled", "siblings"}
+
+
 def _id(repo: Repo) -> str:
     return hashlib.sha1(f"{repo.type} {repo.created}".encode()).hexdigest()[:24]
 
@@ -404,15 +293,9 @@ def info(hub: Hub, repo: Repo, commit: Commit, blobs: bool = False) -> dict[str,
         if blobs:
             siblings[-1] |= {"size": file.size, "blobId": file.oid}
             siblings[-1] |= {"lfs": {"sha256": file.sha256} | file.pointer} if file.lfs else {}
-    found: dict[str, Any] = {
-        "_id": _id(repo),
-        "id": repo.id,
-        "author": repo.namespace,
-        "sha": commit.sha,
-        "lastModified": commit.date,
-    }
-    found |= {"private": repo.private, "gated": repo.gated, "disabled": False, "downloads": 0, "likes": 0}
-    found |= {"createdAt": repo.created, "siblings": siblings, "cardData": data or None}
+    found: dict[str, Any] = {"_id": _id(repo), "id": repo.id, "author": repo.namespace, "sha": commit.sha}
+    found |= {"lastModified": commit.date, "private": repo.private, "gated": repo.gated, "disabled": False}
+    found |= {"downloads": 0, "likes": 0, "createdAt": repo.created, "siblings": siblings, "cardData": data or None}
     found |= {"usedStorage": sum(file.size for file in commit.files.values())}
     if repo.type != "model":
         return found | {"tags": hub_metadata.dataset_tags(data)}
@@ -421,17 +304,21 @@ def info(hub: Hub, repo: Repo, commit: Commit, blobs: bool = False) -> dict[str,
     found |= {key: data[key] for key in ("pipeline_tag", "library_name", "model-index") if data.get(key)}
     if data.get("base_model"):
         bases = data["base_model"] if isinstance(data["base_model"], list) else [data["base_model"]]
-        found["baseModels"] = {
-            "relation": hub_metadata.relation(data, paths),
-            "models": [{"id": base} for base in bases],
-        }
-    if results := [path for path in paths if fnmatch.fnmatch(path, ".eval_results/*.yaml")]:
-        found["evalResults"] = [
-            {"filename": path, "data": entry}
-            for path in sorted(results)
-            for entry in json.loads(json.dumps(yaml.safe_load(hub.content(commit.files[path])), default=str))
-        ]
+        models = [{"id": base} for base in bases]
+        found["baseModels"] = {"relation": hub_metadata.relation(data, paths), "models": models}
+    results = [path for path in sorted(paths) if fnmatch.fnmatch(path, ".eval_results/*.yaml")]
+    found["evalResults"] = [one for path in results for one in _results(path, hub.content(commit.files[path]))]
     return found
+
+
+def _results(path: str, text: bytes) -> list[dict[str, object]]:
+    """The entries of a file of evaluation results, or what is wrong with it."""
+    try:
+        entries = json.loads(json.dumps(yaml.safe_load(text), default=str))
+        assert all({"id", "task_id"} <= entry["dataset"].keys() and "value" in entry for entry in entries)
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        return [{"filename": path, "error": f"invalid evaluation results: {error!r}"}]
+    return [{"filename": path, "data": entry} for entry in entries]
 
 
 @route("GET", "/api/{T}/{id}(?:/revision/{rev})?")
@@ -455,25 +342,10 @@ def listing(hub: Hub, request: Request, kind: str) -> Answer:
         found = [one for one in found if bool(one["gated"]) == request.flag("gated")]
     if (key := query.get("sort", [""])[0]) in ("lastModified", "createdAt", "downloads", "likes"):
         found.sort(key=lambda one: one[key], reverse=True)
-    brief = {
-        "_id",
-        "id",
-        "modelId",
-        "likes",
-        "private",
-        "downloads",
-        "tags",
-        "pipeline_tag",
-        "library_name",
-        "createdAt",
-    }
-    full = {"author", "sha", "lastModified", "gated", "disabled", "siblings"}
-    keys = brief | (full if request.flag("full") else set()) | ({"cardData"} if request.flag("cardData") else set())
-    keys = (
-        {"_id", "id", *query["expand"]}
-        if "expand" in query
-        else keys | ({"config"} if request.flag("config") else set())
-    )
+    keys = set(BRIEF)
+    for flag, more in (("full", FULL), ("cardData", {"cardData"}), ("config", {"config"})):
+        keys |= more if request.flag(flag) else set()
+    keys = {"_id", "id", *query["expand"]} if "expand" in query else keys
     size = min(int(query.get("limit", [hub.page_size])[0]), hub.page_size)
     return _page(hub, request, [{key: value for key, value in one.items() if key in keys} for one in found], size)
 
@@ -661,10 +533,9 @@ def _described(repo: Repo, one: Discussion) -> dict[str, object]:
 @route("POST", "/api/{T}/{id}/discussions")
 def open_discussion(hub: Hub, request: Request, kind: str, repo_id: str) -> object:
     repo, wanted = hub.store.find(kind, repo_id, request.user), request.json()
-    if request.user is None:
-        raise HubError(401, "Invalid username or password.")
+    hub.signed_in(request)
     text, pull_request = wanted.get("description", ""), wanted.get("pullRequest", False)
-    return _described(repo, _open(hub, repo, wanted["title"], request.user, text, pull_request))
+    return _described(repo, _open(hub, repo, wanted["title"], str(request.user), text, pull_request))
 
 
 @route("GET", "/api/{T}/{id}/discussions")

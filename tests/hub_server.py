@@ -1,7 +1,7 @@
 """A Hub on the loopback interface: what the Hugging Face clients ask of hf.co, with faults on demand.
 
 `with HubServer() as hub:` serves until the block ends; by hand: `python -m tests.hub_server --port 8000`.
-What it answers is in hub_endpoints.py, what it keeps in hub_store.py, and how it reads cards in hub_metadata.py.
+What it answers is in hub_endpoints.py, what it keeps in hub_store.py, how it reads cards in hub_metadata.py.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.hub_endpoints import PREFIX, ROUTES, Answer, Hub, Request
+from tests.hub_core import PREFIX, Answer, Hub, Request
+from tests.hub_endpoints import ROUTES
 from tests.hub_store import Commit, HubError, Repo
 
 LOCAL = "127.0.0.1"
@@ -78,7 +79,6 @@ class HubServer(Hub):
         self.remove_xet()
         super().__init__(f"http://{LOCAL}:{self.port}", **self._options)
         self.requests: list[Request] = []
-        self.received: list[bytes] = []  # bodies, what they hold in base64, and the addresses asked for
         self.errors: list[str] = []  # tracebacks of what should not happen in here
         self.faults: list[Fault] = []
 
@@ -147,7 +147,7 @@ class HubServer(Hub):
         """Whether the secret is in anything that was ever sent here: bodies, base64 in them, files, addresses."""
         secret = secret.encode() if isinstance(secret, str) else secret
         with self.lock:
-            return any(secret in body for body in [*self.received, *self.store.blobs.values()])
+            return any(secret in body for body in self.received)
 
     # -- faults ------------------------------------------------------------------------------------------------------
 

@@ -254,8 +254,17 @@ def test_who_may_write_where(hub: HubServer) -> None:
     with pytest.raises(HfHubHTTPError, match="403"):
         HfApi().create_repo("others/x")
     reader = hub.add_user("alice", role="read")
+    for create_pr in (False, True):
+        with pytest.raises(HfHubHTTPError, match="403"):
+            HfApi(token=reader).upload_file(
+                path_or_fileobj=b"", path_in_repo="a", repo_id="acme/x", create_pr=create_pr
+            )
+    stranger = HfApi(token=hub.add_user("bob"))
     with pytest.raises(HfHubHTTPError, match="403"):
-        HfApi(token=reader).upload_file(path_or_fileobj=b"", path_in_repo="a", repo_id="acme/x")
+        stranger.upload_file(path_or_fileobj=b"", path_in_repo="a", repo_id="acme/x")
+    stranger.upload_file(path_or_fileobj=b"", path_in_repo="a", repo_id="acme/x", create_pr=True)
+    assert len(hub.repos["acme/x"].pulls) == 1
+    assert len(hub.commits("acme/x")) == 1
     with pytest.raises(HfHubHTTPError, match="Invalid credentials"):
         HfApi(token="hf_wrong").model_info("acme/x")
 
@@ -316,6 +325,13 @@ def test_adapters_are_found_by_their_base(hub: HubServer) -> None:
     (part,) = api.list_models(search="alice/a", expand=["baseModels", "lastModified"])
     assert part.base_models == {"relation": "adapter", "models": [{"id": "acme/base"}]}
     assert (part.tags, part.last_modified is not None) == (None, True)
+
+
+def test_evaluation_results_are_read(hub: HubServer) -> None:
+    entry = "- dataset: {id: acme/data, task_id: default}\n  value: 0.5\n  date: 2026-01-02\n"
+    hub.seed("alice/x", {".eval_results/a.yaml": entry, ".eval_results/b.yaml": "- value: 1"})
+    (read,) = HfApi().model_info("alice/x", expand=["evalResults"]).eval_results
+    assert (read.dataset_id, read.task_id, read.value) == ("acme/data", "default", 0.5)
 
 
 @pytest.mark.parametrize(
@@ -510,7 +526,7 @@ def test_the_client_retries_after_503(hub: HubServer, folder: Path, path: str) -
     assert_whole(hub, folder)
 
 
-@pytest.mark.parametrize("status", [500, 503])
+@pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_failing_commit_is_not_retried(hub: HubServer, folder: Path, status: int) -> None:
     hub.fail(times=1, status=status, method="POST", path="/commit/main$")
     with pytest.raises(HfHubHTTPError, match=f"{status}"):
