@@ -15,13 +15,12 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
-import transformers.utils.hub
 
 from tests import timm_beside
 from tests.hub_server import HubServer
 
 hub_session.guard_sockets()
-timm_beside.make_importable()
+timm_beside.make_importable()  # before transformers is imported, which looks for timm once
 torch.set_num_threads(1)
 
 
@@ -59,7 +58,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "USE_PARQUET_EXPORT", False)  # it lives at another host, datasets-server
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
-    monkeypatch.setattr(transformers.utils.hub, "HF_MODULES_CACHE", str(home / "modules"))
+    monkeypatch.setattr("transformers.utils.hub.HF_MODULES_CACHE", str(home / "modules"))
     yield online
     huggingface_hub.close_session()
     assert not online.errors, "\n".join(online.errors)

@@ -147,6 +147,7 @@ def test_shas_and_dates_repeat(hub: HubServer) -> None:
         return [HfApi().list_repo_commits("alice/x"), HfApi().model_info("alice/x").last_modified]
 
     assert build() == build()
+    assert HfApi().model_info("alice/x").created_at.isoformat() == "2026-01-01T00:00:00+00:00"
 
 
 def test_a_dry_run_downloads_nothing(hub: HubServer) -> None:
@@ -487,7 +488,7 @@ print((Path(snapshot_download("alice/x")) / "model.safetensors").stat().st_size)
         file = hub.repos["alice/x"].at("main").files["model.safetensors"]
         assert (file.sha256, len(file.xet)) == (hashlib.sha256(WEIGHTS).hexdigest(), 64)
         assert hub.files("alice/x")["model.safetensors"] == WEIGHTS
-        assert hub.ever_saw(WEIGHTS[:64])
+        assert hub.ever_saw(WEIGHTS)  # more than the first bytes, which the call before the upload carries
 
 
 def test_it_runs_by_hand() -> None:
@@ -551,6 +552,8 @@ def test_an_upload_that_is_cut_is_sent_again(hub: HubServer, folder: Path) -> No
     hub.cut(path="^/storage/", after_bytes=1_000_000)
     push(folder)
     assert calls(hub, "PUT", "^/storage/") == [0, 200]
+    first, second = (len(request.body) for request in hub.requests if request.method == "PUT")
+    assert 1_000_000 <= first < 2_000_000 < second == len(WEIGHTS)
     assert_whole(hub, folder)
 
 
