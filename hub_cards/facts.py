@@ -12,6 +12,7 @@ from jsonschema.exceptions import best_match
 
 from hub_cards import history
 from hub_cards.history import Phase, Series
+from hub_cards.licences import Licence
 from hub_cards.paths import is_repo_id, last_part, without_paths
 
 SCHEMA_VERSION = 1
@@ -71,16 +72,6 @@ class Result:
     split: str
     metric: str
     value: float
-
-
-@dataclass(frozen=True)
-class Licence:
-    """What the weights are published under: the Hub's identifier, name and link for `other`, and notes."""
-
-    identifier: str
-    name: str | None = None
-    link: str | None = None
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,82 +1,71 @@
-"""The licence of a publication: what base and data state on the Hub, held against what the publisher states."""
+"""What each licence asks of a work made from it, as a table; see `licences` for how it is used.
 
-import re
-from collections.abc import Mapping
-from dataclasses import asdict, replace
-from typing import Any
+As coarse as a refusal needs.
+"""
 
-import yaml
-from huggingface_hub import CardData, HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
+# What a licence asks of the licence of a work made from it:
+#   free         nothing but notices and credit
+#   same         the same licence, or one of LATER
+#   none         that no such work is published
+#   open         cannot be said: a family of licences, or terms that the identifier does not tell
+# `commercial` is False where the licence forbids commercial use. Identifiers:
+# huggingface.co/docs/hub/repositories-licenses.
+_TABLE = {
+    ("free", True): (
+        "apache-2.0 mit afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda "
+        "cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 "
+        "etalab-2.0 isc odc-by openmdw-1.0 openmdw-1.1 postgresql ncsa unlicense zlib pddl apple-ascl lppl-1.3c"
+    ),
+    ("free", False): "cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0",
+    ("same", True): (
+        "gpl gpl-2.0 gpl-3.0 agpl-3.0 lgpl lgpl-2.1 lgpl-3.0 lgpl-lr cc-by-sa-3.0 cc-by-sa-4.0 odbl "
+        "cdla-sharing-1.0 gfdl mpl-2.0 epl-1.0 epl-2.0 eupl-1.1 eupl-1.2 ms-pl osl-3.0 ofl-1.1 "
+        # Licences of models whose terms pass on to whoever receives a model made from theirs.
+        "openrail openrail++ bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m "
+        "llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma grok2-community"
+    ),
+    ("same", False): (
+        "cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 "
+        "h-research intel-research apple-amlr deepfloyd-if-license fair-noncommercial-research-license"
+    ),
+    ("none", True): "cc-by-nd-4.0",
+    ("none", False): "cc-by-nc-nd-3.0 cc-by-nc-nd-4.0",
+    ("open", True): "cc unknown other",
+}
+# Licences of models that the Hub knows as `other` with this `license_name`; their terms pass on.
+_NAMED_TABLE = {
+    ("same", True): (
+        "deepseek deepseek-license qwen tongyi-qianwen nvidia-open-model-license falcon-llm-license "
+        "stabilityai-ai-community yi-license jamba-open-model-license health-ai-developer-foundations glm-4 lfm1.0 "
+        "tencent-hunyuan-community falcon-180b-license"
+    ),
+    ("same", False): (
+        "qwen-research tongyi-qianwen-research mrl mnpl stabilityai-nc-research-community exaone "
+        "flux-1-dev-non-commercial-license"
+    ),
+}
+_LISTED, _NAMED = (
+    {name: terms for terms, names in table.items() for name in names.split()} for table in (_TABLE, _NAMED_TABLE)
+)
+TERMS = {**_NAMED, **_LISTED}
+IDENTIFIERS = tuple(_LISTED)  # every value that the Hub takes for `license:`
+NAMED = tuple(_NAMED)
 
-from hub_cards import licences
-from hub_cards.facts import Licence, RunFacts
-from hub_cards.publishing.remote import Remote
-from hub_cards.publishing.staging import is_unwritten
-
-_FRONT = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\r?\n?", re.DOTALL)
-
-
-def settle_licence(facts: RunFacts, api: HfApi, own: str | None, there: Remote | None) -> RunFacts:
-    """Return the facts with the licences of base and data, as their cards have them, and the one that follows.
-
-    Args:
-        facts: of the run, with the base's name and commit.
-        api: the client.
-        own: the licence that the publisher states; None: the one of the repository's card, if somebody stated one.
-        there: the repository as it was read.
-
-    Raises:
-        LicenceError: they contradict each other.
-        ValueError: a data set cannot be read on the Hub.
-    """
-    base, data, link = facts.base, facts.data, None
-    if base.name is not None:
-        about = api.model_info(base.name, revision=base.revision).card_data
-        stated = _read(about)
-        base, link = replace(base, license=_stated(stated)), stated.get("license_link")
-    if data is not None and data.name is not None and not data.local:
-        try:
-            card = api.dataset_info(data.name, revision=data.revision).card_data
-        except RepositoryNotFoundError as error:
-            raise ValueError(
-                f"the data set `{data.name}` cannot be read on the Hub; expected one that your token may read. Where "
-                'it is a file of yours, say so: "local": true in the data of recipe.json.'
-            ) from error
-        data = replace(data, license=_stated(_read(card)))
-    found = licences.resolve(
-        own or _own_licence(there) or (facts.licence.identifier if facts.licence else None),
-        base=base.license,
-        datasets={data.name: data.license} if data and data.name and not data.local else {},
-        adapter=facts.is_adapter,
-        link=link,
-    )
-    return replace(facts, base=base, data=data, licence=Licence(**asdict(found)))
-
-
-def _read(card: CardData | None) -> dict[str, Any]:
-    return dict(card.to_dict()) if card is not None else {}  # type: ignore[no-untyped-call]
-
-
-def _stated(card: Mapping[str, object]) -> str | None:
-    """Return the licence of a card: its name where the Hub does not know it; None where there is none, or several."""
-    found = card.get("license")
-    if isinstance(found, list) and len(found) == 1:
-        (found,) = found
-    if found == "other":
-        found = card.get("license_name") or "other"
-    return found if isinstance(found, str) else None
-
-
-def _own_licence(there: Remote | None) -> str | None:
-    """Return the licence that the repository's card states, unless nobody has stated it."""
-    card = there.card if there is not None else None
-    match = _FRONT.match(card or "")
-    if card is None or match is None or is_unwritten(card):
-        return None
-    try:
-        stated = yaml.safe_load(match[1])
-    except yaml.YAMLError:
-        return None  # `write_card` says what is wrong
-    found = _stated(stated) if isinstance(stated, dict) else None
-    return None if found == "other" and not stated.get("license_link") else found
+# A work under the key may also be passed on under these: section 4b of CC BY-SA 3.0 and the list of compatible
+# licences of Creative Commons, section 3 of LGPL 2.1, LGPL 3.0, section 3.3 of MPL 2.0, section 7 of EPL 1.0, the
+# appendix of the EUPL. A family of licences does not tell which member was meant, so each of them fits.
+LATER = {
+    "gpl": "gpl-2.0 gpl-3.0",
+    "lgpl": "lgpl-2.1 lgpl-3.0",
+    "openrail": "openrail++ bigscience-openrail-m creativeml-openrail-m bigcode-openrail-m",
+    "cc-by-sa-3.0": "cc-by-sa-4.0",
+    "cc-by-sa-4.0": "gpl-3.0",
+    "cc-by-nc-sa-2.0": "cc-by-nc-sa-3.0 cc-by-nc-sa-4.0",
+    "cc-by-nc-sa-3.0": "cc-by-nc-sa-4.0",
+    "lgpl-2.1": "gpl-2.0 gpl-3.0",
+    "lgpl-3.0": "gpl-3.0",
+    "mpl-2.0": "gpl-2.0 gpl-3.0 lgpl-2.1 lgpl-3.0 agpl-3.0",
+    "epl-1.0": "epl-2.0",
+    "eupl-1.1": "eupl-1.2 gpl-2.0 osl-3.0 epl-1.0",
+    "eupl-1.2": "gpl-2.0 gpl-3.0 agpl-3.0 lgpl-2.1 lgpl-3.0 mpl-2.0 epl-1.0 osl-3.0 cc-by-sa-3.0",
+}

@@ -19,6 +19,7 @@ from hub_cards.facts import RECIPE, RunFacts, read_facts
 from hub_cards.metadata import eval_results
 from hub_cards.paths import is_repo_id
 from hub_cards.publishing import bases, remote
+from hub_cards.publishing.licensing import settle_licence
 from hub_cards.publishing.own_files import write_manifest, write_own
 from hub_cards.publishing.publication import Publication, compared
 from hub_cards.publishing.ranks import on_first_rank
@@ -26,7 +27,6 @@ from hub_cards.publishing.remote import ConcurrentPushError, PublishError, Remot
 from hub_cards.publishing.staging import STAGING, Staged, stage
 from hub_cards.publishing.validation import check_weights, validate
 from hub_cards.scanning.scan import check
-from hub_cards.terms import settle_licence
 
 __all__ = ["ConcurrentPushError", "Publication", "PublishError", "publish"]
 

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from markdown_it import MarkdownIt
 
 from hub_cards import Card, RunFacts, read_facts, render, write_card
-from hub_cards.facts import Licence
+from hub_cards.licences import Licence
 from hub_cards.metadata import eval_results
 from tests.hub_cards import runs
 

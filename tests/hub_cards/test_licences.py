@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from hub_cards.licences import IDENTIFIERS, LATER, NAMED, LicenceError, resolve
+from hub_cards.licences import LicenceError, resolve
+from hub_cards.terms import IDENTIFIERS, LATER, NAMED
 
 FREE, NC, SHARE, NC_SHARE, NAMED_MODEL, ND, NC_ND = (
     "apache-2.0",

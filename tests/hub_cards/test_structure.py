@@ -28,7 +28,7 @@ NETWORK = {
     "publishing.remote",
     "pulling.snapshots",
     "registry.listing",
-    "terms",
+    "publishing.licensing",
 }
 NETWORK |= LAZY
 OFFLINE_NAMES = {

@@ -65,7 +65,7 @@ def logits(run: Path) -> list[list[float]]:
 
 def elsewhere(hub: HubServer, home: Path, jobs: list[tuple[str, str, str]]) -> dict[str, Any]:
     command = [sys.executable, "-c", PULL, json.dumps(jobs), json.dumps(TEXTS)]
-    environment = {**hub.environment(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**hub.environment(home, token=hub.token("alice")), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
@@ -133,7 +133,11 @@ def test_a_merged_adapter_needs_no_peft(hub: HubServer, base: str, tmp_path: Pat
     home = tmp_path / "elsewhere"
     home.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", blocked], env=hub.environment(home), capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", blocked],
+        env=hub.environment(home, token=hub.token("alice")),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     merged = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
