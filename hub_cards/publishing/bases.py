@@ -99,7 +99,7 @@ def _info(api: HfApi, name: str, revision: str | None) -> ModelInfo:
             f"the base `{name}`{f' at `{revision}`' if revision else ''} cannot be read on the Hub "
             f"({type(error).__name__}); expected a repository and a commit that your token may read. Check the name, "
             "base_revision and the token."
-        ) from error
+        ) from None
 
 
 def _download(api: HfApi, name: str, info: ModelInfo) -> list[Path]:

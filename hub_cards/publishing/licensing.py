@@ -39,11 +39,11 @@ def settle_licence(facts: RunFacts, api: HfApi, own: str | None, there: Remote |
     if data is not None and data.name is not None and not data.local:
         try:
             card = api.dataset_info(data.name, revision=data.revision).card_data
-        except RepositoryNotFoundError as error:
+        except RepositoryNotFoundError:
             raise ValueError(
                 f"the data set `{data.name}` cannot be read on the Hub; expected one that your token may read. Where "
                 'it is a file of yours, say so: "local": true in the data of recipe.json.'
-            ) from error
+            ) from None
         data = replace(data, license=_stated(_read(card)))
     found = licences.resolve(
         own or _own_licence(there) or (facts.licence.identifier if facts.licence else None),

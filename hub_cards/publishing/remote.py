@@ -76,12 +76,13 @@ class Remote:
 
 
 @contextmanager
-def told(doing: str, state: str) -> Iterator[None]:
+def told(doing: str, state: str, *, refused: str | None = None) -> Iterator[None]:
     """Turn what the client raises in a block into a `PublishError` that says what was being done and what holds now.
 
     Args:
         doing: what the block does, such as `reading the repository`.
         state: what is true of the repository when it fails.
+        refused: what is true when the Hub itself said no, if that is more.
     """
     try:
         yield
@@ -90,15 +91,17 @@ def told(doing: str, state: str) -> Iterator[None]:
     except OfflineModeIsEnabled as error:
         raise PublishError(f"{doing}: the client is offline. {state} Unset HF_HUB_OFFLINE.") from error
     except _FAILURES as error:
-        raise _failure(doing, state, error) from error
-    except RuntimeError as error:  # what the client makes of the failure of one of its threads
+        raise _failure(doing, state, refused, error) from error
+    except (RuntimeError, ValueError) as error:  # what the client makes of a failed thread, and of a card refused
         if not isinstance(error.__cause__, _FAILURES):
             raise
-        raise _failure(doing, state, error.__cause__, str(error)) from error.__cause__
+        raise _failure(doing, state, refused, error.__cause__, _first(error)) from error.__cause__
 
 
-def _failure(doing: str, state: str, error: BaseException, where: str = "") -> PublishError:
+def _failure(doing: str, state: str, refused: str | None, error: BaseException, where: str = "") -> PublishError:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if refused is not None and status is not None and status < 500:
+        state = refused
     remedy = {
         401: "Log in again with a token that is valid (`hf auth login`), and publish again.",
         403: "Use a token that may write there, and publish again.",
@@ -212,7 +215,7 @@ def commit(
         api.preupload_lfs_files(repo_id, additions, free_memory=False, gitignore_content="")
     deletions = [CommitOperationDelete(name) for name in remote.stale(files)]
     try:
-        with told(f"the commit to `{repo_id}`", f"It is in `{repo_id}` as a whole, or not at all."):
+        with told(f"the commit to `{repo_id}`", f"It is in `{repo_id}` as a whole, or not at all.", refused=unchanged):
             made = api.create_commit(
                 repo_id, [*additions, *deletions], commit_message=message, parent_commit=remote.head
             )
@@ -223,8 +226,6 @@ def commit(
                 f"somebody pushed to `{repo_id}` while this run was being published. Nothing was overwritten, and "
                 "nothing of this run is there. Look at the new commit, and run again."
             ) from error
-        if isinstance(cause, HfHubHTTPError) and cause.response.status_code < 500:
-            raise PublishError(f"{str(error).partition(' It is in ')[0]} {unchanged}") from error
         raise
     return made.oid
 

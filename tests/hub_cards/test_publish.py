@@ -38,11 +38,13 @@ def ours(hub: HubServer) -> set[str]:
 # -- what arrives ----------------------------------------------------------------------------------------------------
 
 
-def test_a_model_arrives_and_says_what_it_said(full: Run, hub: HubServer) -> None:
+def test_a_model_arrives_and_says_what_it_said(hub: HubServer, tmp_path: Path) -> None:
+    full = trained.train("full").copy(tmp_path / "run", curves=True)
     trained.seed_base(hub, full)
     found = go(full, base_model=BASE)
     assert ours(hub) == set(found.files) == set(found.added)
     assert {"model.safetensors", "config.json", "tokenizer.json", "recipe.json", "training_args.json"} <= ours(hub)
+    assert "figures/curve.png" in ours(hub)
     assert "training_args.bin" in found.left_out
     assert hub.repos[RUN].private
     assert [commit.sha for commit in hub.commits(RUN)][:-1] == [found.commit]

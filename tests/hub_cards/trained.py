@@ -33,8 +33,11 @@ class Run:
     base: Path
     logits: torch.Tensor
 
-    def copy(self, target: Path) -> "Run":
+    def copy(self, target: Path, *, curves: bool = False) -> "Run":
+        """A copy that can be changed; without curves its card has no pictures, which take most of the time."""
         shutil.copytree(self.folder, target, dirs_exist_ok=True)
+        if not curves:
+            change(target / "trainer_state.json", log_history=[])
         return Run(target, self.base, self.logits)
 
     def on_hub(self, *, revision: str | None = None) -> "Run":
