@@ -1,6 +1,9 @@
 """From a run's folder to the Hub: what arrives, what is refused, and what stays as it was."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-from hub_cards import PublishError, publish, read_facts, render
+from hub_cards import PublishError, publish, pull, read_facts, render
 from hub_cards.__main__ import main
 from hub_cards.licences import LicenceError
 from tests.hub_cards import runs, trained
@@ -74,6 +77,46 @@ def test_an_adapter_is_pinned_and_knows_its_head(lora: Run, hub: HubServer, tmp_
     assert [model.id for model in HfApi().list_models(filter=f"base_model:adapter:{BASE}")] == [RUN]
     moved = BertForSequenceClassification.from_pretrained(BASE, num_labels=3)
     assert not torch.equal(trained.logits(PeftModel.from_pretrained(moved, RUN)), lora.logits)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_what_is_published_can_be_pulled(kind: str, hub: HubServer, tmp_path: Path) -> None:
+    run = trained.train(kind).copy(tmp_path / "run").on_hub()
+    trained.seed_base(hub, run)
+    go(run)
+    pulled = pull(RUN)
+    assert torch.equal(trained.logits(pulled.model), run.logits)
+    assert pulled.processor("w1 w2").input_ids == [3, 4]
+    assert pulled.facts.base.verified
+    downloaded = snapshot_download(RUN, local_dir=tmp_path / "downloaded")
+    assert publish(downloaded, "alice/again").commit
+    again = pull("alice/again")
+    assert torch.equal(trained.logits(again.model), run.logits)
+    assert again.facts.repo_id == "alice/again"
+    assert again.facts.licence == pulled.facts.licence
+
+
+@pytest.mark.parametrize("part_size", [1 << 30, 5000])
+def test_uploads_in_parts(full: Run, hub: HubServer, part_size: int) -> None:
+    hub.part_size = part_size
+    go(full)
+    assert hub.files(RUN)["model.safetensors"] == (full.folder / "model.safetensors").read_bytes()
+    parts = [call for call in hub.requests if "/storage/" in call.path]
+    assert (len(parts) > 2) == (part_size == 5000)
+
+
+@pytest.mark.slow
+def test_one_commit_with_xet(full: Run, hub: HubServer, tmp_path: Path) -> None:
+    hub.xet = True
+    command = [sys.executable, "-m", "hub_cards", "publish", str(full.folder), RUN, "--license", "mit"]
+    done = subprocess.run(
+        command, env=hub.environment(tmp_path / "home", os.environ["HF_TOKEN"]), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"published as {hub.commits(RUN)[0].sha}" in done.stdout
+    assert len(hub.commits(RUN)) == 2
+    assert hub.files(RUN)["model.safetensors"] == (full.folder / "model.safetensors").read_bytes()
+    assert any("xet-write-token" in call.path for call in hub.requests)
 
 
 def test_an_adapter_of_a_local_base_names_no_base(lora: Run, hub: HubServer) -> None:
@@ -180,6 +223,12 @@ def test_what_somebody_wrote_on_the_hub_stays(full: Run, hub: HubServer) -> None
     found = go(full)
     assert "Seen by me." in found.card
     assert "summarization" in found.card
+
+
+def test_a_gitignore_in_the_repository_holds_nothing_back(full: Run, hub: HubServer) -> None:
+    hub.seed(RUN, {".gitignore": b"*.json\n*.safetensors\n"}, private=True, user="alice")
+    found = go(full)
+    assert ours(hub) == {*found.files, ".gitignore"}
 
 
 def test_weights_of_another_model_in_the_repository(full: Run, hub: HubServer) -> None:
