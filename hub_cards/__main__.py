@@ -9,7 +9,7 @@ from hub_cards.card import write_card
 from hub_cards.facts import read_facts
 from hub_cards.markdown import one_line
 from hub_cards.publishing.publish import publish
-from hub_cards.registry.listing import listing
+from hub_cards.registry import listing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

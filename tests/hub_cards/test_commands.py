@@ -70,7 +70,9 @@ def test_errors_are_one_message_and_exit_one(tmp_path: Path, capsys: pytest.Capt
 def test_the_module_runs(tmp_path: Path) -> None:
     runs.write(tmp_path)
     command = [sys.executable, "-m", "hub_cards", "card", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("README.md")
     assert (tmp_path / "README.md").is_file()
