@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     RevisionResolutionError,
 )
-from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # whichever it was installed with
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the HTTP client it uses, under its stable name
 
 from hub_cards.facts import RECIPE
 from hub_cards.fingerprints import file_sha256, read_header

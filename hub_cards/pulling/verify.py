@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,14 @@ from hub_cards.facts import Data, RunFacts, Split
 from hub_cards.pulling.loading import shortened
 from hub_cards.pulling.pull import Pulled, pull
 
-READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# Not `load_dataset("csv")`, which tells a server of it.
+READERS: Mapping[str, Callable[[str], Dataset]] = {
+    ".csv": Dataset.from_csv,
+    ".tsv": partial(Dataset.from_csv, sep="\t"),
+    ".json": Dataset.from_json,
+    ".jsonl": Dataset.from_json,
+    ".parquet": Dataset.from_parquet,
+}
 # What changes the numbers of an evaluation besides model and rows.
 _ARGUMENTS = ("per_device_eval_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval")
 Array = np.ndarray[Any, Any]
@@ -223,8 +231,7 @@ def _load(known: Data, expected: Split, split: str, data: Dataset | str | Path |
     suffix = Path(data).suffix.lower()
     if suffix not in READERS or not Path(data).is_file():
         raise ValueError(f"`data` is `{data}`; expected a file that is there and ends in one of {', '.join(READERS)}.")
-    kwargs = {"sep": "\t"} if suffix == ".tsv" else {}
-    return load_dataset(READERS[suffix], data_files=str(data), split="train", **kwargs)
+    return READERS[suffix](str(data))
 
 
 def _evaluate(pulled: Pulled, task: Task, rows: Dataset) -> dict[str, float]:

@@ -9,9 +9,9 @@ from datasets import ClassLabel, Dataset
 from fingerprints import content_fingerprint as recorded_content
 from safetensors.torch import save_file
 
+from hub_cards import loading, verify
 from hub_cards.fingerprints import DTYPES, bytes_hash, file_hashes, file_sha256, read_header
-from hub_cards.pulling import loading, verify
-from tests.hub_cards import pullable
+from tests.hub_cards import runs
 from tl_callbacks import fingerprints as recorded
 
 TENSORS = {
@@ -50,7 +50,7 @@ def test_dtypes_have_the_names_of_torch() -> None:
 
 @pytest.mark.parametrize("kind", ["bert-lora", "bert-lora-bf16", "resnet-lora", "llama-lora"])
 def test_a_base_has_the_fingerprint_that_the_run_recorded(kind: str) -> None:
-    run = pullable.trained(kind)
+    run = runs.trained(kind)
     model = run.model_class.from_pretrained(run.base)
     expected = recorded.fingerprint(model)
     assert expected is not None
@@ -99,7 +99,7 @@ def test_the_sum_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "names"),
     [([0, 1, 1], None), (["b", "a", "a"], None), ([0, 1, -1], ["no", "yes"]), ([True, False, None], None)],
-)  # fmt: skip
+)
 def test_rows_have_the_fingerprint_that_a_recipe_records(labels: list[object], names: list[str] | None) -> None:
     rows = Dataset.from_dict({"sentence": ["ä\n", None, '"x"'], "class": labels, "other": [1, 2, 3]})
     if names:
