@@ -9,7 +9,8 @@ from datasets import ClassLabel, Dataset
 from fingerprints import content_fingerprint as recorded_content
 from safetensors.torch import save_file
 
-from hub_cards import loading, verify
+from hub_cards.pulling import loading
+from hub_cards.pulling import verify
 from hub_cards.fingerprints import DTYPES, bytes_hash, file_hashes, file_sha256, read_header
 from tests.hub_cards import runs
 from tl_callbacks import fingerprints as recorded
