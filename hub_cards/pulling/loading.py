@@ -73,7 +73,7 @@ def load_base(facts: RunFacts, run: Snapshot, base: Snapshot, *, pinned: bool) -
     config = cls.config_class.from_pretrained(base.folder, local_files_only=True)
     _set_labels(config, facts)
     model, report = _from_pretrained(cls, base.folder, config, facts.dtype)
-    state = model.state_dict()
+    state = {name: tensor for key, value in model.state_dict().items() for name, tensor in _parts(key, value)}
     brought = replaced(read_header(adapter_folder(facts, run) / ADAPTER), state)
     random = {str(name) for name in report["missing_keys"]} | {str(key[0]) for key in report["mismatched_keys"]}
     if facts.base.tensors:
@@ -200,6 +200,14 @@ def undisturbed() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _parts(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """Return the plain tensors that a weight is made of: itself, or those of a quantised one."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        inner, _ = tensor.__tensor_flatten__()
+        return [part for key in inner for part in _parts(f"{name}.{key}", getattr(tensor, key))]
+    return [(name, tensor)] if tensor.layout == torch.strided and not tensor.is_quantized else []
 
 
 def _check_fingerprint(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from hub_cards.pulling import loading
 from hub_cards.pulling import verify
 from hub_cards.fingerprints import DTYPES, bytes_hash, file_hashes, file_sha256, read_header
-from tests.hub_cards import runs
+from tests.hub_cards import pullable
 from tl_callbacks import fingerprints as recorded
 
 TENSORS = {
@@ -51,7 +51,7 @@ def test_dtypes_have_the_names_of_torch() -> None:
 
 @pytest.mark.parametrize("kind", ["bert-lora", "bert-lora-bf16", "resnet-lora", "llama-lora"])
 def test_a_base_has_the_fingerprint_that_the_run_recorded(kind: str) -> None:
-    run = runs.trained(kind)
+    run = pullable.trained(kind)
     model = run.model_class.from_pretrained(run.base)
     expected = recorded.fingerprint(model)
     assert expected is not None
