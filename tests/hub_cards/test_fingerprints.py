@@ -9,9 +9,8 @@ from datasets import ClassLabel, Dataset
 from fingerprints import content_fingerprint as recorded_content
 from safetensors.torch import save_file
 
-from hub_cards.pulling import loading
-from hub_cards.pulling import verify
 from hub_cards.fingerprints import DTYPES, bytes_hash, file_hashes, file_sha256, read_header
+from hub_cards.pulling import loading, verify
 from tests.hub_cards import pullable
 from tl_callbacks import fingerprints as recorded
 

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub_cards.pulling.commands import add_pull
 from safetensors.torch import load_file, save_file
 
-from hub_cards.commands import add_pull
-from hub_cards.pull import pull
+from hub_cards.pulling.pull import pull
 from tests.hub_cards import pullable
 from tests.hub_cards.test_verify import by_hand, published, rows
 from tests.hub_server import HubServer
@@ -55,7 +55,7 @@ def test_a_fresh_process_with_a_clean_cache(hub: HubServer, tmp_path: Path) -> N
     script = """
 import sys, torch
 from safetensors.torch import load_file
-from hub_cards.pull import pull
+from hub_cards.pulling.pull import pull
 expected = load_file(sys.argv[1])
 with torch.no_grad():
     found = pull("acme/run").model(expected["input_ids"]).logits
