@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_cards.pulling.commands import add_pull
 from safetensors.torch import load_file, save_file
 
+from hub_cards.pulling.commands import add_pull
 from hub_cards.pulling.pull import pull
 from tests.hub_cards import pullable
 from tests.hub_cards.test_verify import by_hand, published, rows
