@@ -4,11 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import hub_cards
 from hub_cards.card import write_card
 from hub_cards.facts import read_facts
-from hub_cards.markdown import one_line
 from hub_cards.publishing.publish import publish
+from hub_cards.pulling.commands import add_pull
 from hub_cards.registry import listing
 
 
@@ -26,15 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_card(commands)
     _add_publish(commands)
-    _add_pull(commands)
+    add_pull(commands)
     _add_adapters(commands)
     options = parser.parse_args(arguments)
     try:
-        print(found := options.run(options))  # noqa: T201
+        print(options.run(options))  # noqa: T201
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)  # noqa: T201
         return 1
-    return 0 if getattr(found, "ok", True) else 1
+    return 0
 
 
 def _add_card(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -77,25 +76,6 @@ def _publish(options: argparse.Namespace) -> object:
         allow=tuple(options.allow),
         commit_message=options.commit_message,
     )
-
-
-def _add_pull(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    command = commands.add_parser("pull", help="load a published model, and check it")
-    command.add_argument("repo_id", help="owner/name, or a run's folder")
-    command.add_argument("--revision", help="branch, tag or commit")
-    command.add_argument("--base", help="the base of an adapter, where it is none of the Hub")
-    command.add_argument("--verify", action="store_true", help="run the card's evaluation again; exit 1 if it differs")
-    command.add_argument("--data", help="file of the rows to verify on, where the data are not on the Hub")
-    command.add_argument("--split", help="the split to verify; the card's only one otherwise")
-    command.set_defaults(run=_pull)
-
-
-def _pull(options: argparse.Namespace) -> object:
-    pulled = hub_cards.pull(options.repo_id, revision=options.revision, base=options.base)
-    if options.verify:
-        return hub_cards.verify(pulled, data=options.data, split=options.split)
-    labels = f", classes {', '.join(map(one_line, pulled.labels))}" if pulled.labels else ""
-    return f"{options.repo_id} at {pulled.revision or 'this folder'}: {type(pulled.model).__name__}{labels}"
 
 
 def _add_adapters(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

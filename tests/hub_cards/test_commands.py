@@ -35,7 +35,9 @@ def test_a_run_is_published_pulled_verified_and_listed(
     assert "nothing has changed" in capsys.readouterr().out
 
     assert main(["pull", "alice/again"]) == 0
-    assert "PeftModelForSequenceClassification, classes blue, green, red" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"base       alice/base at {base}, every tensor as recorded" in printed
+    assert "labels     blue, green, red" in printed
     data = write(tmp_path / "validation.csv", rows(9))
     assert main(["pull", "alice/again", "--verify", "--data", str(data)]) == 0
     assert "accuracy" in capsys.readouterr().out
@@ -56,7 +58,7 @@ def test_a_card_with_other_numbers_fails_verification(
     assert main(["publish", str(run), "alice/better", "--license", "apache-2.0"]) == 0
     data = write(tmp_path / "validation.csv", rows(9))
     assert main(["pull", "alice/better", "--verify", "--data", str(data)]) == 1
-    assert "-2.5e-01 > 1e-06" in capsys.readouterr().out
+    assert "-2.5e-01 > 1e-06" in capsys.readouterr().err
 
 
 def test_errors_are_one_message_and_exit_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
