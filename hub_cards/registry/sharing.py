@@ -55,6 +55,40 @@ def whole_modules(model: PeftModel, name: str) -> dict[str, nn.Module]:
     return {path: wrapper.modules_to_save[name] for path, wrapper in found if name in wrapper.modules_to_save}
 
 
+def check_name(name: str, model: PeftModel | None = None) -> None:
+    """Raise unless PEFT can have an adapter of this name.
+
+    It puts the name into the paths of modules, and looks for parts of them.
+
+    Args:
+        name: of the adapter.
+        model: that is to have it; None: only what holds for all.
+
+    Raises:
+        ValueError: it has a dot, or torch, PEFT or the model has a module or a method of this name.
+
+    Example:
+        >>> check_name("v1.0")
+        Traceback (most recent call last):
+        ValueError: no adapter can be called `v1.0`, because it has a dot; give it another ...
+    """
+    taken = set() if model is None else {part for path, _ in below(model).named_modules() for part in path.split(".")}
+    taken -= set() if model is None else set(configs(model))
+    if model is not None:
+        taken |= {part for config in configs(model).values() for part in getattr(config, "modules_to_save", None) or ()}
+    if not name or "." in name:
+        why = "it has a dot" if name else "it is empty"
+    elif hasattr(nn.ModuleDict(), name) or any(name in prefix for prefix in ("lora_", "ia3_")):
+        why = "torch or PEFT has something of that name"
+    elif name in taken:
+        why = "the model has modules of that name"
+    else:
+        return
+    raise ValueError(
+        f'no adapter can be called `{name}`, because {why}; give it another name: {{"name": "owner/repository"}}.'
+    )
+
+
 def check_kind(name: str, model: PeftModel) -> None:
     """Raise unless an adapter changes weights, and leaves those of the base itself alone.
 
@@ -109,9 +143,9 @@ def check_same_base(first_name: str, first: Pulled, name: str, other: Pulled) ->
     bases = [below(model) for model in models]
     if type(bases[0]) is not type(bases[1]):
         refuse(f"`{name}` adapts a {type(bases[0]).__name__}, the other a {type(bases[1]).__name__}")
-    configs = [base.config.to_dict() for base in bases]
-    keys = {key for config in configs for key in config if key not in _NOT_COMPARED}
-    differing = {key for key in keys if configs[0].get(key) != configs[1].get(key)}
+    dicts = [base.config.to_dict() for base in bases]
+    keys = {key for config in dicts for key in config if key not in _NOT_COMPARED}
+    differing = {key for key in keys if dicts[0].get(key) != dicts[1].get(key)}
     if differing:
         refuse(f"the configurations of their bases differ in {shortened(differing)}")
     (tensors, whole), (others, others_whole) = _base_tensors(bases[0]), _base_tensors(bases[1])
