@@ -94,7 +94,7 @@ def list_adapters(
         ValueError: base `./models/minilm` cannot be an id on the Hub; expected `owner/name`: adapters are found by ...
     """
     if not is_repo_id(base) or Path(base).is_dir():
-        what = "is a folder here" if Path(base).is_dir() else "cannot be an id on the Hub"
+        what = "is a folder here" if is_repo_id(base) else "cannot be an id on the Hub"
         raise ValueError(
             f"base `{base}` {what}; expected `owner/name`: adapters are found by the name that their cards give. Pass "
             "the id under which the base is on the Hub."
