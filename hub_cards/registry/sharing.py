@@ -15,6 +15,7 @@ from hub_cards.pulling.pull import Pulled
 # Of a model's configuration: what belongs to the head and the tokenizer, not to the base.
 OF_THE_HEAD = ("id2label", "label2id", "problem_type", "pad_token_id")
 _NOT_COMPARED = {*OF_THE_HEAD, "_name_or_path", "architectures", "transformers_version", "finetuning_task"}
+AVERAGE, UNION = "average", "union"  # policies for the heads of a merge
 # Ways of LoRA to begin that leave the base's weights as they are; all others take a part out of them.
 _GENTLE = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -78,6 +79,8 @@ def check_name(name: str, model: PeftModel | None = None) -> None:
         taken |= {part for config in configs(model).values() for part in getattr(config, "modules_to_save", None) or ()}
     if not name or "." in name:
         why = "it has a dot" if name else "it is empty"
+    elif name in (AVERAGE, UNION):
+        why = "that is a policy for heads"
     elif hasattr(nn.ModuleDict(), name) or any(name in prefix for prefix in ("lora_", "ia3_")):
         why = "torch or PEFT has something of that name"
     elif name in taken:

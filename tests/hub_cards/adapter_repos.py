@@ -46,17 +46,31 @@ def vit() -> PreTrainedModel:
     return transformers.ViTForImageClassification(config)
 
 
-MODELS = {"bert": tiny.bert, "roberta": roberta, "vit": vit}
+def llama() -> PreTrainedModel:
+    config = transformers.LlamaConfig(**SIZES, max_position_embeddings=20, num_labels=3, pad_token_id=0)
+    return transformers.LlamaForSequenceClassification(config)
 
 
-def seed_base(hub: HubServer, folder: Path, kind: str = "bert", repo_id: str = BASE, *, seed: int = 0) -> str:
-    """Puts a base on the Hub: the weights below the head."""
+MODELS = {"bert": tiny.bert, "roberta": roberta, "llama": llama, "vit": vit, "resnet": tiny.resnet}
+TARGETS = {"llama": ["q_proj", "v_proj"], "vit": ["q_proj", "v_proj"], "resnet": ["convolution"]}
+# Running statistics move in training, and are saved only with their layer.
+WHOLE = {"vit": ["classifier"], "resnet": ["classifier", "normalization"]}
+
+
+def inputs_for(kind: str) -> dict[str, torch.Tensor]:
+    return IMAGES if kind in WHOLE else INPUTS
+
+
+def seed_base(
+    hub: HubServer, folder: Path, kind: str = "bert", repo_id: str = BASE, *, seed: int = 0, head: bool = False
+) -> str:
+    """Puts a base on the Hub: the weights below the head, or with it."""
     model = MODELS[kind]()
     torch.manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.2 * torch.randn(weight.shape))
-    model.base_model.save_pretrained(folder)
+    (model if head else model.base_model).save_pretrained(folder)
     return hub.seed(repo_id, {path.name: path for path in folder.iterdir()}, user="alice")
 
 
@@ -89,12 +103,12 @@ def publish_adapter(
         **(config or {}),
     )  # fmt: skip
     model.accepts_loss_kwargs = False
-    options = {"task_type": None if kind == "vit" else "SEQ_CLS", "target_modules": ["query", "value"], "r": 2,
-               "lora_alpha": 6, "init_lora_weights": False, **lora}  # fmt: skip
-    if kind == "vit":
-        options |= {"modules_to_save": ["classifier"], "target_modules": ["q_proj", "v_proj"]} | lora
+    options: dict[str, Any] = {"r": 2, "lora_alpha": 6, "init_lora_weights": False}
+    options |= {"target_modules": TARGETS.get(kind, ["query", "value"])}
+    options |= {"modules_to_save": WHOLE[kind]} if kind in WHOLE else {"task_type": "SEQ_CLS"}
+    options |= lora
     model = peft.get_peft_model(model, adapter or peft.LoraConfig(**options))
-    rows = tiny.images(16) if kind == "vit" else tiny.texts(16)
+    rows = tiny.images(16) if kind in WHOLE else tiny.texts(16)
     for number, row in enumerate(rows):
         row["labels"] = _target(number, len(labels), problem_type, cls)
     trainer = Trainer(model, tiny.arguments(folder, max_steps=2, per_device_train_batch_size=2), train_dataset=rows)
@@ -105,7 +119,7 @@ def publish_adapter(
     path = folder / "recipe.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **(recipe or {})}))
     sha = hub.seed(repo_id, _files(folder, repo_id, card), user=user, private=private, gated=gated)
-    return Published(repo_id, sha, logits(model, IMAGES if kind == "vit" else INPUTS), folder)
+    return Published(repo_id, sha, logits(model, inputs_for(kind)), folder)
 
 
 def logits(model: nn.Module, inputs: dict[str, torch.Tensor] = INPUTS) -> torch.Tensor:

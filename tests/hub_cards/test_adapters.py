@@ -17,8 +17,8 @@ from hub_cards.registry.heads import Head, averaged, united
 from hub_cards.pulling.pull import pull
 from hub_cards.registry.sharing import configs
 from tests.hub_cards.adapter_repos import (
-    IMAGES,
     INPUTS,
+    inputs_for,
     logits,
     publish_adapter,
     seed_base,
@@ -126,13 +126,13 @@ def test_other_kinds_are_swapped_too_but_not_merged(hub: HubServer, tmp_path: Pa
         merge_adapters(adapters, head="y")
 
 
-@pytest.mark.parametrize("kind", ["roberta", "vit"])
-def test_heads_of_other_forms(hub: HubServer, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["roberta", "llama", "vit", "resnet"])
+def test_models_and_heads_of_other_forms(hub: HubServer, tmp_path: Path, kind: str) -> None:
     seed_base(hub, tmp_path / "base", kind)
-    inputs = IMAGES if kind == "vit" else INPUTS
+    inputs = inputs_for(kind)
     made = [
         publish_adapter(hub, tmp_path / "a", "jo/one", NEWS, kind=kind),
-        publish_adapter(hub, tmp_path / "b", "jo/two", NEWS[::-1], kind=kind, seed=2),
+        publish_adapter(hub, tmp_path / "b", "jo/two", NEWS[::-1], kind=kind, seed=2, r=3),
         publish_adapter(hub, tmp_path / "c", "jo/three", MAIL, kind=kind, seed=3),
     ]
     adapters = load_adapters([one.repo_id for one in made])
@@ -143,12 +143,59 @@ def test_heads_of_other_forms(hub: HubServer, tmp_path: Path, kind: str) -> None
     torch.testing.assert_close(logits(adapters.model, inputs), made[1].logits.flip(1), atol=1e-6, rtol=0)
     merge_adapters(adapters, {"one": 0, "three": 1}, head="three", name="third")
     torch.testing.assert_close(logits(adapters.model, inputs), made[2].logits, atol=1e-6, rtol=0)
-    if kind == "vit":
+    if kind in ("roberta", "resnet"):
+        layer = "dense.bias" if kind == "roberta" else "normalization.bias"
+        with pytest.raises(ValueError, match=rf"below .* of `one` and `three` differ \(`.*{layer}`, .*rows"):
+            merge_adapters(adapters, {"one": 1, "three": 0}, head="union", name="wide")
+    else:
         merge_adapters(adapters, {"one": 1, "three": 0}, head="union", name="wide")
         torch.testing.assert_close(logits(adapters.model, inputs), made[0].logits, atol=1e-6, rtol=0)
-    else:
-        with pytest.raises(ValueError, match=r"below .* of `one` and `three` differ \(`.*dense.bias`, .*rows"):
-            merge_adapters(adapters, {"one": 1, "three": 0}, head="union", name="wide")
+
+
+def test_the_precision_of_training_is_kept(hub: HubServer, tmp_path: Path) -> None:
+    seed_base(hub, tmp_path / "base")
+    half = {"dtype": torch.bfloat16}
+    made = [publish_adapter(hub, tmp_path / n, f"jo/{n}", NEWS, config=half, seed=i) for i, n in enumerate("yz")]
+    adapters = load_adapters([one.repo_id for one in made])
+    for one in reversed(made):
+        adapters.use(one.repo_id[-1])
+        assert torch.equal(logits(adapters.model), one.logits)
+    merge_adapters(adapters, [1, 0], head="average")
+    torch.testing.assert_close(logits(adapters.model), made[0].logits, atol=0.02, rtol=0)
+    publish_adapter(hub, tmp_path / "full", "jo/full", NEWS)
+    with pytest.raises(ValueError, match=r"the configurations of their bases differ in `dtype`|tensors of their bases"):
+        load_adapters(["jo/y", "jo/full"])
+
+
+def test_adapters_without_heads(hub: HubServer, tmp_path: Path) -> None:
+    """The base has the head, and they leave it as it is."""
+    seed_base(hub, tmp_path / "base", head=True)
+    made = [publish_adapter(hub, tmp_path / n, f"jo/{n}", NEWS, seed=i, task_type=None) for i, n in enumerate("yz")]
+    publish_adapter(hub, tmp_path / "head", "jo/head", NEWS, seed=3)
+    adapters = load_adapters([one.repo_id for one in made])
+    for policy in ("average", "union"):
+        with pytest.raises(ValueError, match="needs a head in every adapter, but `y` brings none"):
+            merge_adapters(adapters, head=policy)
+    merge_adapters(adapters, [0, 1], head=None)
+    torch.testing.assert_close(logits(adapters.model), made[1].logits, atol=1e-6, rtol=0)
+    adapters.save_pretrained(tmp_path / "saved")
+    assert "modules_to_save" in (tmp_path / "saved" / "adapter_config.json").read_text()
+    both = load_adapters(["jo/y", "jo/head"])
+    with pytest.raises(ValueError, match="head is None, for adapters without a head, but head bring"):
+        merge_adapters(both, head=None)
+
+
+def test_a_revision_can_be_named(hub: HubServer, tmp_path: Path) -> None:
+    seed_base(hub, tmp_path / "base")
+    old = publish_adapter(hub, tmp_path / "a", "jo/one", NEWS)
+    new = publish_adapter(hub, tmp_path / "b", "jo/one", NEWS, seed=2)
+    adapters = load_adapters({"old": f"jo/one@{old.sha}", "new": "jo/one"})
+    assert torch.equal(logits(adapters.model), old.logits)
+    adapters.use("new")
+    assert torch.equal(logits(adapters.model), new.logits)
+    assert adapters.members["old"].source == f"jo/one@{old.sha}"
+    with pytest.raises(ValueError, match="has no revision `v9`"):
+        load_adapters(["jo/one@v9"])
 
 
 # -- merging -----------------------------------------------------------------------------------------------------------
@@ -374,6 +421,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ([1, float("nan")], {"head": "news"}, "are not all finite"),
     (None, {"head": "news", "name": "mail"}, "there is an adapter `mail` already"),
     (None, {"head": "news", "name": "score"}, "called `score`, because the model has modules of that name"),
+    (None, {"head": "news", "name": "union"}, "called `union`, because that is a policy for heads"),
     (None, {"head": "news", "name": "half"}, "called `half`, because torch or PEFT has something"),
     (None, {"head": "news", "combination_type": "ties"}, "density is None for combination_type `ties`"),
     (None, {"head": "news", "density": 0.5}, "density is 0.5 for combination_type `cat`"),
