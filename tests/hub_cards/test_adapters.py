@@ -11,10 +11,10 @@ import torch
 import transformers
 from torch import nn
 
+from hub_cards.pulling.pull import pull
 from hub_cards.registry.adapter_set import AdapterSet, load_adapters
 from hub_cards.registry.combining import merge_adapters
 from hub_cards.registry.heads import Head, averaged, united
-from hub_cards.pulling.pull import pull
 from hub_cards.registry.sharing import configs
 from tests.hub_cards.adapter_repos import (
     INPUTS,
