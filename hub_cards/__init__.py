@@ -18,6 +18,7 @@ from hub_cards.scanning.scan import SecretFoundError
 if TYPE_CHECKING:
     from hub_cards.pulling.merge import merge_adapter
     from hub_cards.pulling.pull import Pulled, pull
+    from hub_cards.pulling.rows import content_fingerprint
     from hub_cards.pulling.verify import Verification, verify
     from hub_cards.registry.adapter_set import AdapterSet, load_adapters
     from hub_cards.registry.combining import merge_adapters
@@ -26,6 +27,7 @@ _LAZY = {
     "AdapterSet": "registry.adapter_set",
     "Pulled": "pulling.pull",
     "Verification": "pulling.verify",
+    "content_fingerprint": "pulling.rows",
     "load_adapters": "registry.adapter_set",
     "merge_adapter": "pulling.merge",
     "merge_adapters": "registry.combining",
@@ -46,6 +48,7 @@ __all__ = [
     "SecretFoundError",
     "Verification",
     "compare_adapters",
+    "content_fingerprint",
     "list_adapters",
     "load_adapters",
     "merge_adapter",

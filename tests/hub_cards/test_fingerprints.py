@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset
-from fingerprints import content_fingerprint as recorded_content
 from safetensors.torch import save_file
 
 from hub_cards.fingerprints import DTYPES, bytes_hash, file_hashes, file_sha256, read_header
-from hub_cards.pulling import loading, verify
+from hub_cards.pulling import loading
 from tests.hub_cards import pullable
 from tl_callbacks import fingerprints as recorded
 
@@ -94,18 +92,3 @@ def test_the_sum_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"")
     assert file_sha256(tmp_path / "x") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     assert bytes_hash("int8", (3,), [b"a", b"bc"]) == bytes_hash("int8", (3,), [b"abc"])
-
-
-@pytest.mark.parametrize(
-    ("labels", "names"),
-    [([0, 1, 1], None), (["b", "a", "a"], None), ([0, 1, -1], ["no", "yes"]), ([True, False, None], None)],
-)
-def test_rows_have_the_fingerprint_that_a_recipe_records(labels: list[object], names: list[str] | None) -> None:
-    rows = Dataset.from_dict({"sentence": ["ä\n", None, '"x"'], "class": labels, "other": [1, 2, 3]})
-    if names:
-        rows = rows.cast_column("class", ClassLabel(names=names))
-    columns = {"text": "sentence", "label": "class"}
-    found = verify.content_fingerprint(rows, columns)
-    assert found == recorded_content(rows, columns)
-    assert found == verify.content_fingerprint(rows.with_format("torch", columns=["other"]), columns)
-    assert found != verify.content_fingerprint(rows.select([1, 0, 2]), columns)

@@ -12,8 +12,8 @@ from huggingface_hub import list_models
 
 from hub_cards import publish
 from hub_cards.__main__ import main
-from hub_cards.registry.listing import AdapterInfo, compare_adapters, list_adapters
 from hub_cards.registry.adapter_set import load_adapters
+from hub_cards.registry.listing import AdapterInfo, compare_adapters, list_adapters
 from tests import tiny
 from tests.hub_cards.adapter_repos import BASE, publish_adapter, seed_base
 from tests.hub_server import HubServer

@@ -19,7 +19,7 @@ FILES = {
     for path in sorted(FOLDER.rglob("*.py"))
 }
 # Loaded when first used: the only ones that may import torch.
-LAZY = {"pulling.loading", "pulling.merge", "pulling.pull", "pulling.verify"}
+LAZY = {"pulling.loading", "pulling.merge", "pulling.pull", "pulling.rows", "pulling.verify"}
 LAZY |= {"registry.adapter_set", "registry.combining", "registry.heads", "registry.sharing"}
 TORCH = {"torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "sklearn", "safetensors"}
 NETWORK = {

@@ -13,7 +13,8 @@ from sklearn.metrics import f1_score
 from transformers import DataCollatorWithPadding
 
 from hub_cards.pulling.pull import Pulled, pull
-from hub_cards.pulling.verify import Check, Verification, content_fingerprint, find_rows, verify
+from hub_cards.pulling.rows import content_fingerprint, find_rows
+from hub_cards.pulling.verify import Check, Verification, verify
 from tests.hub_cards import pullable
 from tests.hub_server import HubServer
 

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from arguments import parse
 from datasets import Dataset
-from fingerprints import content_fingerprint
 from huggingface_hub import constants
 from text_classification import Recipe, encode_labels, load_splits, main, metrics_of
 from transformers import BertTokenizerFast, TrainingArguments
 
+from hub_cards import content_fingerprint
 from tests import tiny
 from tests.test_attach import SCHEMA
 from tl_callbacks import STRATEGIES

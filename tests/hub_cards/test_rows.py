@@ -8,7 +8,8 @@ import fingerprints
 import pytest
 import revisions
 from datasets import ClassLabel, Dataset, Features, Value
-from fingerprints import content_fingerprint
+
+from hub_cards import content_fingerprint
 
 COLUMNS = {"text": "text", "label": "label"}
 NAMED = Features(text=Value("string"), label=ClassLabel(names=["no", "yes"]))
