@@ -154,7 +154,7 @@ def find_base(
             f"the base of the adapter {run} was {was}, so it is not on the Hub; pass base= with a local folder or a "
             f"repository that has the same weights. They have {digest}."
         )
-    if Path(name).is_dir():
+    if base is not None and Path(name).is_dir():  # a folder that happens to be named like the recorded base is none
         return local_snapshot(Path(name)), False
     if not is_repo_id(name):
         raise FileNotFoundError(f"base `{name}` is no folder here, and cannot be a repository; expected `owner/name`.")

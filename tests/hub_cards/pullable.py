@@ -138,18 +138,24 @@ def save_base(kind: str, folder: Path, *, seed: int = 0, whole: bool = False, **
     return folder
 
 
-def train(kind: str, base: Path, folder: Path) -> Run:
+def train(kind: str, base: Path, folder: Path, *, adapter_name: str = "default") -> Run:
     """A short run from the folder of a base."""
     spec = KINDS[kind]
     torch.manual_seed(7)
     model = type(spec.make()).from_pretrained(
-        base, num_labels=3, id2label=LABELS, label2id={name: number for number, name in LABELS.items()}
+        base,
+        ignore_mismatched_sizes=True,
+        num_labels=3,
+        id2label=LABELS,
+        label2id={name: number for number, name in LABELS.items()},
     )
     model.accepts_loss_kwargs = False
     if "pad_token_id" in model.config.to_dict():
         model.config.pad_token_id = 0
     if spec.adapter is not None:
-        model = peft.get_peft_model(model, copy.deepcopy(spec.adapter), autocast_adapter_dtype=spec.autocast)
+        model = peft.get_peft_model(
+            model, copy.deepcopy(spec.adapter), adapter_name, autocast_adapter_dtype=spec.autocast
+        )
     images = spec.inputs == "pixel_values"
     data = tiny.images(32) if images else tiny.texts(32)
     words = {} if images else {"processing_class": tokenizer()}

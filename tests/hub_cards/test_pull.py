@@ -167,6 +167,40 @@ def test_a_base_from_a_local_folder_is_asked_for(hub: HubServer) -> None:
     assert torch.equal(logits(pull("acme/run", base=run.base), run), run.logits)
 
 
+def test_a_base_with_a_head_of_another_size(tmp_path: Path) -> None:
+    base = pullable.save_base("bert-lora", tmp_path / "base", whole=True)
+    weights = load_file(base / "model.safetensors")
+    weights |= {"classifier.weight": torch.randn(5, 16), "classifier.bias": torch.randn(5)}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    labels = {"id2label": {str(n): f"class {n}" for n in range(5)}, "label2id": {f"class {n}": n for n in range(5)}}
+    (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | labels))
+    run = pullable.train("bert-lora", base, tmp_path / "run")
+    pulled = pull(run.folder)
+    assert torch.equal(logits(pulled, run), run.logits)
+    assert pulled.labels == ("bad", "fair", "good")
+
+
+def test_an_adapter_with_a_name_of_its_own(tmp_path: Path) -> None:
+    base = pullable.trained("bert-lora").base
+    run = pullable.train("bert-lora", base, tmp_path / "run", adapter_name="reviews")
+    assert (run.folder / "reviews" / "adapter_config.json").is_file()
+    assert torch.equal(logits(pull(run.folder), run), run.logits)
+    (run.folder / "reviews" / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no `adapter_model.safetensors`; call trainer.save_model"):
+        pull(run.folder)
+
+
+def test_a_folder_named_like_the_base_is_not_taken_for_it(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pullable.on_hub(hub, "bert-lora")
+    pullable.save_base("bert-lora", tmp_path / "acme" / "base", seed=1)
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(logits(pull(made.repo_id), made.run), made.run.logits)
+    with pytest.raises(ValueError, match=r"`acme/base` is not the base that the adapter was trained on"):
+        pull(made.repo_id, base="acme/base")
+
+
 @pytest.mark.parametrize("fingerprint", [True, False])
 def test_a_head_that_nobody_saved_is_named(hub: HubServer, tmp_path: Path, fingerprint: bool) -> None:
     made = pullable.on_hub(hub, "bert-lora")

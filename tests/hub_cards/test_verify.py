@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
+import huggingface_hub
 import pytest
 import torch
 from datasets import ClassLabel, Dataset
@@ -144,7 +146,9 @@ def test_rows_of_a_file(hub: HubServer, tmp_path: Path, suffix: str) -> None:
         verify("acme/run", data=tmp_path / "rows.xlsx")
 
 
-def test_rows_of_the_hub_at_the_recorded_commit(hub: HubServer, tmp_path: Path) -> None:
+def test_rows_of_the_hub_at_the_recorded_commit(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def commit(data: Dataset) -> str:
         named = data.cast_column("grade", ClassLabel(names=["good", "bad", "fair"]))
         named.to_parquet(tmp_path / "rows.parquet")
@@ -156,6 +160,10 @@ def test_rows_of_the_hub_at_the_recorded_commit(hub: HubServer, tmp_path: Path) 
     commit(rows(seed=9))
     published(hub, "bert-lora", data, name="acme/grades", local=False, revision=sha)
     assert verify("acme/run").ok
+    with monkeypatch.context() as offline:
+        offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        offline.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        assert verify("acme/run").ok
     published(hub, "bert-lora", data, name="acme/grades", local=False, revision=None)
     with pytest.raises(ValueError, match=r"rows are not those of `validation`"):
         verify("acme/run")
