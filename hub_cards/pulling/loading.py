@@ -12,6 +12,7 @@ import transformers
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -66,7 +67,8 @@ def load_base(facts: RunFacts, run: Snapshot, base: Snapshot, *, pinned: bool) -
             recorded, because a commit cannot change.
 
     Raises:
-        ValueError: the weights are not those that the adapter was trained on, or it cannot be told.
+        ValueError: the weights are not those that the adapter was trained on, or it cannot be told; or BatchNorm's
+            statistics, which move in training though frozen, are not in the adapter.
     """
     cls = model_class(facts)
     assert cls.config_class is not None
@@ -76,6 +78,11 @@ def load_base(facts: RunFacts, run: Snapshot, base: Snapshot, *, pinned: bool) -
     state = {name: tensor for key, value in model.state_dict().items() for name, tensor in _parts(key, value)}
     brought = replaced(read_header(adapter_folder(facts, run) / ADAPTER), state)
     random = {str(name) for name in report["missing_keys"]} | {str(key[0]) for key in report["mismatched_keys"]}
+    if lost := _statistics(model) - brought:
+        raise ValueError(
+            f"{shortened(lost)} moved in training, as running statistics do, and the adapter does not bring them: the "
+            "trained model cannot be made again. Train with their modules in the adapter's `modules_to_save`."
+        )
     if facts.base.tensors:
         _check_fingerprint(facts, base, state, brought, random)
     elif not pinned:
@@ -200,6 +207,12 @@ def undisturbed() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _statistics(model: nn.Module) -> set[str]:
+    """Return the names of the means that normalisation layers keep up with in training, whatever is frozen."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, _NormBase))
+    return {f"{name}.running_mean" for name, module in layers if module.running_mean is not None}
 
 
 def _parts(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:

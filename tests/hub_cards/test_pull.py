@@ -1,6 +1,7 @@
 """Pulling: the same model as in training, from the Hub, from the cache, and never a wrong one."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -188,6 +189,18 @@ def test_an_adapter_with_a_name_of_its_own(tmp_path: Path) -> None:
     (run.folder / "reviews" / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no `adapter_model.safetensors`; call trainer.save_model"):
         pull(run.folder)
+
+
+def test_statistics_that_moved_and_were_not_saved_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = pullable.KINDS["resnet-lora"]
+    adapter = pullable.lora("convolution", task_type=None, modules_to_save=["classifier"])
+    monkeypatch.setitem(pullable.KINDS, "resnet-lora", dataclasses.replace(kept, adapter=adapter))
+    base = pullable.save_base("resnet-lora", tmp_path / "base")
+    run = pullable.train("resnet-lora", base, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"normalization.running_mean`.* and \d more moved in training, as running"):
+        pull(run.folder)
+    monkeypatch.setattr(loading, "_statistics", lambda _: set())
+    assert (logits(pull(run.folder), run) - run.logits).abs().max() > 0.01, "the control: it would say something else"
 
 
 def test_a_folder_named_like_the_base_is_not_taken_for_it(
