@@ -100,14 +100,18 @@ def _places(recorded: Iterable[str], tensors: Collection[str]) -> dict[str, str]
     exact = {name: name for name in recorded if name in tensors}
     others = [name for name in recorded if name not in tensors]
     options: list[dict[str, str]] = [
-        {name: name.removeprefix(f"{front}.") for name in others if name.removeprefix(f"{front}.") in tensors}
-        for front in sorted({name.split(".")[0] for name in others})
-    ] + [
-        {name: f"{front}.{name}" for name in others if f"{front}.{name}" in tensors}
-        for front in sorted({name.split(".")[0] for name in tensors})
-    ]
+        {name: name.removeprefix(front) for name in others if name.removeprefix(front) in tensors}
+        for front in _fronts(others)
+    ] + [{name: front + name for name in others if front + name in tensors} for front in _fronts(tensors)]
     best: dict[str, str] = max(options, key=len, default={})
     return {**best, **exact}
+
+
+def _fronts(names: Iterable[str]) -> list[str]:
+    """Return what names begin with: their first one, two and three parts."""
+    return sorted(
+        {"".join(f"{part}." for part in name.split(".")[:-1][:count]) for name in names for count in (1, 2, 3)}
+    )
 
 
 def _is_quantised(name: str, recorded: Iterable[str]) -> bool:

@@ -134,7 +134,7 @@ def _publish(
         with told("reading the licences", _NOTHING_SENT):
             facts = settle_licence(facts, api, license, there)
         facts = replace(facts, merged=merge or facts.merged)
-        staged = _stage_again(run, folder, facts, merge=merge)
+        staged = _stage_again(run, folder, facts, api, merge=merge)
         hashes = _complete(run, folder, facts, there)
         files = staged.files
         check(files, allow=allow)
@@ -199,14 +199,15 @@ def _local_base(run: Path) -> Path | None:
     return Path(name) if name else None
 
 
-def _stage_again(run: Path, folder: Path, facts: RunFacts, *, merge: bool) -> Staged:
+def _stage_again(run: Path, folder: Path, facts: RunFacts, api: HfApi, *, merge: bool) -> Staged:
     """Fill the staging folder from the start, now that the base is known; with the whole model if that is asked for."""
     shutil.rmtree(folder)
     if not merge:
         return stage(run, folder, facts)
     with _staging_folder(run) as whole:
         merge_adapter = importlib.import_module("hub_cards.pulling.merge").merge_adapter  # torch is loaded here only
-        merge_adapter(run, whole, base=facts.base.name, revision=facts.base.revision if facts.base.name else None)
+        pinned = facts.base.revision if facts.base.name else None
+        merge_adapter(run, whole, base=facts.base.name, revision=pinned, token=api.token)
         return stage(run, folder, facts, merged=whole)
 
 

@@ -61,6 +61,7 @@ def test_a_model_arrives_and_says_what_it_said(hub: HubServer, tmp_path: Path) -
 
 def test_an_adapter_is_pinned_and_knows_its_head(lora: Run, hub: HubServer, tmp_path: Path) -> None:
     sha = trained.seed_base(hub, lora)
+    trained.change(lora.folder / "adapter_config.json", inference_mode=False)
     go(lora.on_hub())
     config = json.loads(hub.files(RUN)["adapter_config.json"])
     assert (config["base_model_name_or_path"], config["revision"], config["inference_mode"]) == (BASE, sha, True)
@@ -157,6 +158,14 @@ def test_a_merged_model_needs_no_peft(lora: Run, hub: HubServer) -> None:
     assert "base_model_relation: merge" in found.card
     assert read_facts(folder).merged
     assert not read_facts(folder).is_adapter
+
+
+def test_a_merged_model_of_a_local_base(lora: Run, hub: HubServer) -> None:
+    found = go(lora, merge=True)
+    assert "base_model:" not in found.card
+    model = BertForSequenceClassification.from_pretrained(snapshot_download(RUN))
+    torch.testing.assert_close(trained.logits(model), lora.logits, atol=1e-5, rtol=0)
+    assert not hub.ever_saw(str(lora.base))
 
 
 def test_merge_needs_an_adapter(full: Run, hub: HubServer) -> None:
@@ -339,8 +348,9 @@ def test_nothing_to_compare_with(lora: Run, hub: HubServer) -> None:
     sha = trained.seed_base(hub, lora)
     lora.on_hub()
     refused(lora, hub, ValueError, "is not known: .* Give base_revision")
-    go(lora, base_revision=sha)
+    found = go(lora, base_revision=sha)
     assert read_facts(snapshot_download(RUN)).base.verified is False
+    assert "not verified: the author stated the commit" in found.card
 
 
 def test_a_base_without_safetensors(lora: Run, hub: HubServer) -> None:

@@ -6,12 +6,15 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hub_cards import ConcurrentPushError, PublishError
+from hub_cards.publishing import remote
 from hub_cards.publishing.own_files import write_manifest
 from hub_cards.publishing.ranks import on_first_rank
+from hub_cards.publishing.remote import commit
 from tests.hub_cards import trained
 from tests.hub_cards.trained import RUN, Run, go
 from tests.hub_server import HubServer
@@ -208,6 +211,25 @@ def test_weights_that_change_while_they_are_published(
             go(run)
     assert unchanged(hub, {})
     assert go(run).changed
+
+
+@pytest.mark.parametrize("files", [{"model.safetensors": b"other"}, {"config.json": b"{}"}])
+def test_something_else_arrived(
+    run: Run, hub: HubServer, monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes]
+) -> None:
+    def tampered(*given: Any) -> str:
+        commit(*given)
+        return hub.seed(RUN, files, user="alice")
+
+    monkeypatch.setattr(remote, "commit", tampered)
+    with pytest.raises(PublishError, match=rf"`{next(iter(files))}` in commit \w+ of .* is not what was sent"):
+        go(run)
+
+
+def test_something_did_not_arrive(run: Run, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "commit", lambda api, repo_id, there, *rest: there.head)
+    with pytest.raises(PublishError, match=r"is not what was sent \(\d+ such files\)"):
+        go(run)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from hub_cards import read_facts
 from hub_cards.publishing.own_files import write_own
 from hub_cards.publishing.staging import is_allowed, stage
-from hub_cards.publishing.validation import check_metadata
+from hub_cards.publishing.validation import check_metadata, check_weights
 from hub_cards.scanning.scan import SecretFoundError
 from tests.hub_cards import runs, trained
 from tests.hub_cards.trained import RUN, Run, go, writes
@@ -326,6 +326,26 @@ def test_a_pickle_under_any_name(lora: Run, hub: HubServer, name: str) -> None:
         go(lora, allow=("pickle",))
     assert writes(hub) == []
     assert RUN not in hub.repos
+
+
+def test_a_pickle_is_known_by_its_bytes(tmp_path: Path) -> None:
+    put(tmp_path, "vocab.txt", pickle.dumps({}))
+    torch.save({}, tmp_path / "tokenizer.model")
+    for name in ("vocab.txt", "tokenizer.model"):
+        with pytest.raises(ValueError, match=f"`{name}` is a pickle"):
+            check_weights({name: tmp_path / name})
+
+
+def test_what_the_hub_adds_to_the_card_is_scanned(lora: Run, hub: HubServer) -> None:
+    trained.seed_base(hub, lora, card=f"---\nlicense: other\nlicense_name: {TOKEN}\n---\n")
+    with pytest.raises(SecretFoundError, match="Hugging Face token"):
+        go(lora.on_hub())
+    assert writes(hub) == []
+    hub.seed(RUN, {"README.md": f"---\nlicense: mit\n---\n# Mine\n\n{TOKEN}\n"}, private=True, user="alice")
+    trained.seed_base(hub, lora)
+    with pytest.raises(SecretFoundError, match=r"README\.md:\d+: Hugging Face token"):
+        go(lora)
+    assert writes(hub) == []
 
 
 # -- the card ---------------------------------------------------------------------------------------------------------
