@@ -44,6 +44,7 @@ def settle(
         ValueError: the base has no commit for certain, its contents are others, or an adapter could not be used by
             anybody else: its base is random, or has random parts that the adapter does not bring along.
     """
+    _check_statistics(facts, weights)
     base = facts.base
     name = _name(base, base_model)
     if name is None:
@@ -149,6 +150,18 @@ def _prove(facts: RunFacts, files: list[Path], weights: Mapping[str, Path]) -> P
     if facts.adapters:
         return prove(facts.base.tensors, files, brought={name.removeprefix(_PEFT) for name in own})
     return prove(facts.base.tensors, files, shapes=own)
+
+
+def _check_statistics(facts: RunFacts, weights: Mapping[str, Path]) -> None:
+    """Refuse an adapter of a base whose running statistics moved in training, frozen or not, and are in no file."""
+    brought = {name.removeprefix(_PEFT) for path in weights.values() for name in read_header(path)}
+    moved = sorted(name for name in facts.base.tensors if name.endswith(".running_mean") and name not in brought)
+    if facts.adapters and moved:
+        raise ValueError(
+            f"`{moved[0]}`{f' and {len(moved) - 1} more' if len(moved) > 1 else ''} of the base moved in training, as "
+            "running statistics do, and the adapter's file does not hold them: nobody could build this model again. "
+            "Train with the normalisation layers in `modules_to_save` of the PEFT configuration."
+        )
 
 
 def _check_complete(facts: RunFacts, found: Proof) -> None:

@@ -519,3 +519,14 @@ def test_an_organisation_and_a_stranger(full: Run, hub: HubServer, monkeypatch: 
 def test_offline_is_told(full: Run) -> None:
     with pytest.raises(PublishError, match=r"the client is offline\. Nothing was sent"):
         go(full)
+
+
+def test_an_adapter_above_statistics_that_moved_is_refused(hub: HubServer, tmp_path: Path) -> None:
+    run = trained.train("lora").copy(tmp_path)
+    file = run.folder / "recipe.json"
+    recipe = json.loads(file.read_text())
+    recipe["model"]["fingerprint"]["tensors"]["bert.norm.running_mean"] = "0" * 16
+    file.write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match=r"`bert.norm.running_mean` of the base moved in training"):
+        trained.go(run)
+    assert trained.RUN not in hub.repos
