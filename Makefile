@@ -5,7 +5,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all check parity bench bench-neighbours survey soak wheel clean
+.PHONY: demo test test-all check parity bench bench-neighbours survey soak gallery wheel clean
 
 demo: .venv/demo.done
 	$(BIN)/python recipes/compare.py --output_dir runs/demo $(if $(QUICK),--num_seeds 1 --label_counts 50,)
@@ -18,6 +18,10 @@ test-all: .venv/timm.done .venv/deepspeed.done
 
 check: .venv/dev.done
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest tests/test_architecture.py
+
+# The gallery's cards, from the runs of `make demo` if there are some, else from the gallery's own files.
+gallery: .venv/dev.done
+	$(BIN)/python -m tests.hub_cards.gallery
 
 parity: .venv/dev.done
 	$(BIN)/python -m tests.distributed

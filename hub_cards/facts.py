@@ -141,7 +141,7 @@ def read_facts(run_dir: str | Path) -> RunFacts:
         ValueError: a file is no JSON, or does not fit the schema; the place in it is named.
 
     Example:
-        >>> read_facts("hub_cards/gallery/text_classification-lora").adapters["default"]["peft_type"]
+        >>> read_facts("hub_cards/gallery/compare-lora").adapters["default"]["peft_type"]
         'LORA'
     """
     folder = Path(run_dir)

@@ -128,7 +128,8 @@ def _comparison(facts: RunFacts) -> dict[str, Any] | None:
         }
         for row in found["rows"]
     ]
-    return {**found, "rows": rows, "unit": unit, "percent": number(100 * found["level"], "g")}
+    optional = dict.fromkeys(("note", "transfer", "adaptation"))
+    return {**optional, **found, "rows": rows, "unit": unit, "percent": number(100 * found["level"], "g")}
 
 
 def _measure(series: Mapping[str, Series]) -> list[dict[str, str]]:

@@ -80,6 +80,14 @@ def test_what_was_not_measured_is_said_to_be_so(tmp_path: Path) -> None:
     assert "None" not in card
 
 
+def test_a_comparison_needs_no_more_than_the_schema_asks_for(tmp_path: Path) -> None:
+    least = {key: runs.COMPARISON[key] for key in ("row", "n", "seeds", "metric", "split", "level")}
+    rows = [{key: row[key] for key in ("row", "label", "value")} for row in runs.COMPARISON["rows"]]
+    card = render(facts_of(tmp_path, comparison={**least, "rows": rows}))
+    assert "**gradual unfreezing**" in card
+    assert "None" not in card
+
+
 def test_equal_facts_give_equal_cards_and_nothing_is_written(facts: RunFacts, tmp_path: Path) -> None:
     assert render(facts) == render(copy.deepcopy(facts))
     assert not (tmp_path / "run" / "README.md").exists()
