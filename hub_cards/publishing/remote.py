@@ -23,6 +23,7 @@ from hub_cards.fingerprints import file_sha256
 from hub_cards.publishing.staging import ADAPTER, MODEL, is_allowed
 
 CARD = "README.md"
+_GIT = ".gitattributes"  # which the Hub itself puts into every repository
 _FAILURES = (HfHubHTTPError, httpx.HTTPError, LocalTokenNotFoundError, ConnectionError)
 _MODEL_FILES = {*ADAPTER, *MODEL} - {"generation_config.json"}
 
@@ -179,7 +180,7 @@ def ensure(api: HfApi, repo_id: str, remote: Remote | None, private: bool) -> Re
     if made is None:
         raise PublishError(f"`{repo_id}` was created and cannot be read. No file was sent. Check the token's rights.")
     check_visibility(made, repo_id, private)
-    if set(made.hashes) - {".gitattributes"}:
+    if set(made.hashes) - {_GIT}:
         raise ConcurrentPushError(
             f"somebody created `{repo_id}` and pushed to it while this run was being published. Nothing was sent. "
             "Look at what is there, and publish again."
@@ -204,7 +205,8 @@ def commit(
         ConcurrentPushError: the head has moved.
         PublishError: the client failed, or a file changed since it was scanned; the repository is as before.
     """
-    unchanged = f"`{repo_id}` is as it was before."
+    empty = set(remote.hashes) <= {_GIT}
+    unchanged = f"`{repo_id}` is there, and empty." if empty else f"`{repo_id}` is as it was before."
     with told(f"uploading to `{repo_id}`", unchanged):
         additions = [CommitOperationAdd(name, files[name]) for name in remote.differing(files)]
         for addition in additions:

@@ -57,16 +57,17 @@ def whole(hub: HubServer, run: Run) -> bool:
 
 
 COMMIT = "/commit/"
+STATE = "is (as it was before|there, and empty)"
 REFUSALS: dict[str, tuple[Fault, str]] = {
     "500 on the commit": (lambda hub: hub.fail(status=500, path=COMMIT), "the commit to .* failed"),
     "503 on the commit": (lambda hub: hub.fail(status=503, path=COMMIT), "as a whole, or not at all"),
-    "403 on the commit": (lambda hub: hub.forbid_commits(), "is as it was before.*a token that may write"),
-    "401 on the commit": (lambda hub: hub.fail(status=401, path=COMMIT), "as it was before.*Log in again"),
+    "403 on the commit": (lambda hub: hub.forbid_commits(), rf"{STATE}\. Use a token that may"),
+    "401 on the commit": (lambda hub: hub.fail(status=401, path=COMMIT), rf"{STATE}\. Log in again"),
     "429 on the commit": (lambda hub: hub.fail(status=429, path=COMMIT), "the commit to .* failed"),
     "cut in the commit": (lambda hub: hub.cut(path=COMMIT, after_bytes=100), "as a whole, or not at all"),
-    "403 before the upload": (lambda hub: hub.fail(status=403, path="/preupload/", times=None), "is as it was before"),
+    "403 before the upload": (lambda hub: hub.fail(status=403, path="/preupload/", times=None), STATE),
     "500 on looking": (lambda hub: hub.fail(status=500, path=f"/api/models/{RUN}$", times=None), "Nothing was sent"),
-    "400 of the card": (lambda hub: hub.fail(status=400, path="/validate-yaml"), "Invalid metadata .* as it was"),
+    "400 of the card": (lambda hub: hub.fail(status=400, path="/validate-yaml"), f"Invalid metadata .* {STATE}"),
 }  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def test_what_the_client_retries_is_published_once(run: Run, hub: HubServer, fau
 
 def test_an_upload_that_is_never_let_through(run: Run, hub: HubServer, before: dict[str, bytes]) -> None:
     hub.fail(status=403, path="/storage/", method="PUT", times=None)
-    with pytest.raises(PublishError, match=r"uploading to .* failed: .*model\.safetensors.* is as it was before"):
+    with pytest.raises(PublishError, match=rf"uploading to .* failed: .*model\.safetensors.* {STATE}"):
         go(run)
     assert unchanged(hub, before)
     hub.faults.clear()
