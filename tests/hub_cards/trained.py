@@ -1,5 +1,6 @@
 """Real runs of tiny models from a base in a folder, trained once, and copied for each test."""
 
+import atexit
 import functools
 import json
 import shutil
@@ -50,7 +51,9 @@ class Run:
 
 @functools.cache
 def _session() -> Path:
-    return Path(tempfile.mkdtemp(prefix="trained-"))
+    folder = Path(tempfile.mkdtemp(prefix="trained-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
