@@ -2,7 +2,7 @@
 
     python -m tests.hub_cards.gallery
 
-takes the runs in `runs/demo` with the most labels and seed 0; without them it writes the cards again from what is there.
+takes the runs in `runs/demo` with the most labels and seed 0; without them it writes the cards of what is there again.
 """
 
 import json
