@@ -194,6 +194,10 @@ def test_a_revision_can_be_named(hub: HubServer, tmp_path: Path) -> None:
     adapters.use("new")
     assert torch.equal(logits(adapters.model), new.logits)
     assert adapters.members["old"].source == f"jo/one@{old.sha}"
+    with pytest.raises(
+        ValueError, match="no adapter can be called `score`, because the model has modules of that name"
+    ):
+        load_adapters({"old": "jo/one", "score": "jo/one"})
     with pytest.raises(ValueError, match="has no revision `v9`"):
         load_adapters(["jo/one@v9"])
 
@@ -333,6 +337,34 @@ def test_other_ways_of_combining(hub: HubServer, tmp_path: Path) -> None:
         adapters.save_pretrained(tmp_path / name)
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / name))
         torch.testing.assert_close(logits(loaded), logits(adapters.model), atol=1e-6, rtol=0)
+
+
+def test_embeddings_and_more_layers_than_peft_lists_by_name(hub: HubServer, tmp_path: Path) -> None:
+    """From 20 names on PEFT looks for endings that stand for all of them."""
+    seed_base(hub, tmp_path / "base")
+    targets = ["query", "key", "value", "dense", "word_embeddings", "position_embeddings"]
+    publish_adapter(hub, tmp_path / "a", "jo/one", NEWS, target_modules=targets, rank_pattern={"key": 4})
+    publish_adapter(hub, tmp_path / "b", "jo/two", NEWS, seed=2, target_modules=targets, layers_to_transform=[0])
+    adapters = merge_adapters(["jo/one", "jo/two"], [0.3, 0.7], head="average")
+    found = logits(adapters.model)
+    adapters.save_pretrained(tmp_path / "saved")
+    base = transformers.BertForSequenceClassification.from_pretrained("acme/base", num_labels=3)
+    loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "saved"))
+    assert torch.equal(logits(loaded), found)
+    assert len(configs(loaded)["default"].target_modules) < 20, "the control"
+    plain, head = pull("jo/one").model.unload(), adapters.model.get_base_model().classifier  # type: ignore[operator]
+    plain.classifier = head.modules_to_save["merged"]
+    parts = [
+        {path: layer.get_delta_weight(name) for path, layer in adapters.model.get_base_model().named_modules()  # type: ignore[operator]
+         if hasattr(layer, "get_delta_weight") and (name in layer.lora_A or name in layer.lora_embedding_A)}
+        for name in ("one", "two")
+    ]  # fmt: skip
+    assert parts[0].keys() > parts[1].keys()
+    with torch.no_grad():
+        for weight, part in zip((0.3, 0.7), parts, strict=True):
+            for path, delta in part.items():
+                plain.get_submodule(path).weight += weight * delta
+    torch.testing.assert_close(found, logits(plain), atol=1e-5, rtol=0)
 
 
 def test_what_peft_itself_does(two_on_hub: AdapterSet) -> None:
