@@ -14,6 +14,7 @@ from hub_cards.pulling.pull import Pulled, pull
 from hub_cards.registry.sharing import (
     OF_THE_HEAD,
     below,
+    check_apart,
     check_kind,
     check_name,
     check_same_base,
@@ -260,6 +261,7 @@ def _move(source: PeftModel, host: PeftModel, name: str) -> None:
     state = get_peft_model_state_dict(source, adapter_name=old, save_embedding_layers=False)
     with undisturbed():
         host.add_adapter(name, copy.deepcopy(configs(source)[old]), low_cpu_mem_usage=True)
+    check_apart(name, host)
     heads = whole_modules(source, old)
     for path, wrapper in wrappers(host).items():
         if name in wrapper.modules_to_save and path in heads:

@@ -117,6 +117,28 @@ def check_kind(name: str, model: PeftModel) -> None:
         )
 
 
+def check_apart(name: str, model: PeftModel) -> None:
+    """Raise if one adapter changes layers within a module that another one brings whole: PEFT mixes the two up.
+
+    Args:
+        name: of the adapter that was added last.
+        model: with all of them.
+
+    Raises:
+        ValueError: there is such a module.
+    """
+    mixed = {
+        path.removeprefix("base_model.model.")
+        for path, wrapper in wrappers(model).items()
+        if any(isinstance(module, BaseTunerLayer) for module in wrapper.modules())
+    }
+    if mixed:
+        raise ValueError(
+            f"the adapter `{name}` does not fit beside the others: of {shortened(mixed)} one brings the whole, and "
+            "another changes layers in it. Pull them apart."
+        )
+
+
 def check_same_base(first_name: str, first: Pulled, name: str, other: Pulled) -> None:
     """Raise unless two pulled adapters can share a base: its class, its configuration and every tensor are equal.
 

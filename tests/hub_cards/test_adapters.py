@@ -406,6 +406,23 @@ def test_another_base_is_refused_and_the_difference_is_named(hub: HubServer, tmp
         load_adapters(["jo/one", "jo/four"])
 
 
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (["jo/parts", "jo/whole"], r"does not fit beside the others: of `bert\.pooler` one brings the whole"),
+        (["jo/whole", "jo/parts"], r"PEFT cannot have the adapter `parts` beside others: .*pooler\.dense"),
+    ],
+)
+def test_a_module_that_one_brings_and_another_changes(
+    hub: HubServer, tmp_path: Path, order: list[str], message: str
+) -> None:
+    seed_base(hub, tmp_path / "base")
+    publish_adapter(hub, tmp_path / "a", "jo/whole", NEWS, modules_to_save=["pooler", "classifier"])
+    publish_adapter(hub, tmp_path / "b", "jo/parts", NEWS, target_modules=["query", "pooler.dense"])
+    with pytest.raises(ValueError, match=message):
+        load_adapters(order)
+
+
 def test_adapters_that_cannot_share_are_refused(hub: HubServer, tmp_path: Path) -> None:
     seed_base(hub, tmp_path / "base")
     publish_adapter(hub, tmp_path / "a", "jo/one", NEWS)
