@@ -135,10 +135,11 @@ def compare_adapters(infos: Iterable[AdapterInfo], *, metric: str | None = None)
 
     Args:
         infos: the adapters.
-        metric: a key of their `metrics`, such as "test/accuracy"; None: the one that most of them state.
+        metric: a key of their `metrics`, such as "test/accuracy", or "accuracy" where only one key ends so; None: the
+            one that most of them state.
 
     Raises:
-        ValueError: none of them states the metric; those that are stated are listed.
+        ValueError: none of them states the metric, or several are meant; those that are stated are listed.
 
     Example:
         >>> print(compare_adapters([AdapterInfo("jo/a", rank=8, metrics={"test/accuracy": 0.9}), AdapterInfo("jo/b")]))
@@ -152,10 +153,12 @@ def compare_adapters(infos: Iterable[AdapterInfo], *, metric: str | None = None)
     if metric is None:
         metric = min(stated, key=lambda name: (-stated[name], name)) if stated else None
     elif metric not in stated:
-        raise ValueError(
-            f"none of the {len(infos)} adapters states `{metric}`; expected one of: "
-            f"{', '.join(sorted(stated)) or '(no metrics at all)'}."
-        )
+        meant = [name for name in stated if name.endswith(f"/{metric}")]
+        if len(meant) != 1:
+            what = f"{len(meant)} metrics are called `{metric}`" if meant else f"no adapter states `{metric}`"
+            known = ", ".join(sorted(meant or stated)) or "(no metrics at all)"
+            raise ValueError(f"{what}, expected one of: {known}.")
+        metric = meant[0]
     sign = 1 if _lower_is_better(metric) else -1
 
     def place(info: AdapterInfo) -> tuple[float, str]:

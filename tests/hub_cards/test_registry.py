@@ -227,9 +227,15 @@ def test_the_best_comes_first_and_the_unstated_last() -> None:
     assert "| `jo/high` | 0.875 | not stated | not stated | 4 | 1.4 MB | not stated | `dddddddddddd` |" in (
         compare_adapters(ROWS)
     )
-    with pytest.raises(ValueError, match="none of the 3 adapters states `f1`; expected one of: test/accuracy,"):
+    with pytest.raises(ValueError, match="no adapter states `f1`, expected one of: test/accuracy, test/loss"):
         compare_adapters(ROWS, metric="f1")
     assert order(compare_adapters([ROWS[1]])) == ["none"]
+    assert compare_adapters(ROWS, metric="accuracy") == compare_adapters(ROWS, metric="test/accuracy")
+    other = AdapterInfo("jo/dev", metrics={"dev/accuracy": 0.5})
+    with pytest.raises(
+        ValueError, match="2 metrics are called `accuracy`, expected one of: dev/accuracy, test/accuracy"
+    ):
+        compare_adapters([*ROWS, other], metric="accuracy")
 
 
 def test_hostile_text_stays_in_its_cell() -> None:
@@ -249,7 +255,7 @@ def test_the_command(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["adapters", BASE, "--metric", "test/f1"]) == 0
     assert order(capsys.readouterr().out.strip()) == ["two", "one"]
     assert main(["adapters", BASE, "--metric", "bleu"]) == 1
-    assert "none of the 2 adapters states `bleu`" in capsys.readouterr().err
+    assert "no adapter states `bleu`" in capsys.readouterr().err
 
 
 def test_published_listed_and_loaded(hub: HubServer, tmp_path: Path) -> None:
