@@ -51,6 +51,7 @@ def view(facts: RunFacts) -> dict[str, Any]:
         "measures": {method: _measure(series) for method, series in facts.measures.items()},
         "curve": _curve(facts.curves),
         "command": _command(facts),
+        "verify_command": _verify_command(facts),
         "adapter_size": sum(facts.weights.values()) or None,
         "missing": _missing(facts),
         "adapter": next(iter(facts.adapters.values()), None),
@@ -165,6 +166,16 @@ def _command(facts: RunFacts) -> str | None:
     words = list(facts.command)
     if processes > 1 and words[0].startswith("python"):
         words[:1] = ["accelerate", "launch", "--num_processes", str(processes)]
+    return shlex.join(words)
+
+
+def _verify_command(facts: RunFacts) -> str | None:
+    """Return the command that does the published evaluation again."""
+    if facts.repo_id is None:
+        return None
+    words = ["python", "-m", "hub_cards", "pull", facts.repo_id, "--verify"]
+    words += ["--base", "path/to/the/base"] if facts.is_adapter and facts.base.name is None else []
+    words += ["--data", "path/to/the/rows.csv"] if facts.data and facts.data.local else []
     return shlex.join(words)
 
 

@@ -11,7 +11,9 @@ from report import ROWS
 from rows import SETTINGS
 from transformers import BertTokenizerFast
 
+from hub_cards import publish, pull
 from tests import timm_beside, tiny
+from tests.hub_server import HubServer
 from tests.test_attach import SCHEMA
 
 
@@ -30,12 +32,9 @@ def test_bad_choices_are_refused() -> None:
         Comparison(num_seeds=0)
 
 
-@pytest.mark.slow
-def test_the_comparison_runs_and_leaves_a_run_folder_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The processes that it starts get this one's path, and must not find a torchvision that breaks transformers.
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(timm_beside.FOLDER)])
-    model = tmp_path / "model"
-    vocabulary = [
+def tiny_model(folder: Path) -> Path:
+    """A tiny model with a tokenizer of single letters, as a folder."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(chr(n) for n in range(97, 123)), "the", "of", "a"]
         "[PAD]",
         "[UNK]",
         "[CLS]",
@@ -46,12 +45,20 @@ def test_the_comparison_runs_and_leaves_a_run_folder_a_row(tmp_path: Path, monke
         "of",
         "return",
     ]
-    model.mkdir()
-    (model / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizerFast(str(model / "vocab.txt")).save_pretrained(model)
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     network = tiny.bert(layers=2)
     network.resize_token_embeddings(len(vocabulary))
-    network.save_pretrained(model)
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_comparison_runs_and_leaves_a_run_folder_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The processes that it starts get this one's path, and must not find a torchvision that breaks transformers.
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(timm_beside.FOLDER)])
+    model = tiny_model(tmp_path / "model")
     folder = tmp_path / "runs"
     report = main(
         Comparison(
@@ -90,3 +97,26 @@ def test_the_comparison_runs_and_leaves_a_run_folder_a_row(tmp_path: Path, monke
         history = json.loads((folder / f"{row}-20-0" / "trainer_state.json").read_text())["log_history"]
         assert any("tl/rate/head" in entry for entry in history)
     assert len(fingerprints) == 1
+
+
+@pytest.mark.slow
+def test_the_run_of_a_row_is_published_if_transfer_paid(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(timm_beside.FOLDER)])
+    folder = tmp_path / "runs"
+    comparison = Comparison(
+        output_dir=str(folder), model_name_or_path=str(tiny_model(tmp_path / "model")), label_counts=[20], num_seeds=1,
+        max_seq_length=12, rows=["scratch", "lora"], push_to_hub=True, hub_row="lora", hub_model_id="alice/docstrings",
+        require_positive_transfer=True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"transfer is .*, and only positive transfer was to be published"):
+        main(comparison)  # the row that decides was not run
+    assert "alice/docstrings" not in hub.repos
+    publish(folder / "lora-20-0", "alice/docstrings", license="mit")
+    card = hub.files("alice/docstrings")["README.md"].decode()
+    assert "**LoRA**" in card
+    assert "Transfer: unknown" in card
+    pulled = pull("alice/docstrings", base=tmp_path / "model")
+    assert len(pulled.labels) == 9
+    assert not (folder / "scratch-20-0" / "model.safetensors").exists()
