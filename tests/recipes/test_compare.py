@@ -34,17 +34,7 @@ def test_bad_choices_are_refused() -> None:
 
 def tiny_model(folder: Path) -> Path:
     """A tiny model with a tokenizer of single letters, as a folder."""
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(chr(n) for n in range(97, 123)), "the", "of", "a"]
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *(chr(n) for n in range(97, 123)),
-        "the",
-        "of",
-        "return",
-    ]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(chr(n) for n in range(97, 123)), "the", "of", "is"]
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
