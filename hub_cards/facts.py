@@ -100,6 +100,7 @@ class RunFacts:
     adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # PEFT configurations
     weights: Mapping[str, int] = field(default_factory=dict)  # file to bytes
     task: str | None = None  # pipeline tag
+    language: tuple[str, ...] = ()  # ISO 639 codes
     data: Data | None = None
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     groups: tuple[Group, ...] = ()  # bottom (input) to top (head)
@@ -167,6 +168,7 @@ def read_facts(run_dir: str | Path) -> RunFacts:
         adapters=without_paths(model["adapters"] or {}),
         weights={name: (folder / name).stat().st_size for name in _weights(folder)},
         task=recipe.get("task"),
+        language=_languages(recipe.get("language")),
         data=_data(recipe),
         preprocessing=without_paths(recipe.get("preprocessing", {})),
         groups=tuple(Group(g["name"], sum(g["sizes"]), g["dtype"]) for g in groups["groups"]),
@@ -238,6 +240,10 @@ def _base(model: Mapping[str, Any], verified: bool | None) -> Base:
         tensors=print_.get("tensors", {}),
         verified=verified,
     )
+
+
+def _languages(found: str | list[str] | None) -> tuple[str, ...]:
+    return (found,) if isinstance(found, str) else tuple(found or ())
 
 
 def _licence(found: Mapping[str, Any] | None) -> Licence | None:

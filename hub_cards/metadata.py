@@ -29,6 +29,7 @@ def metadata(facts: RunFacts) -> dict[str, Any]:
     evaluated = [_eval_result(facts, result) for result in _finite(facts)] if data and data.name and facts.task else []
     card_data = ModelCardData(
         base_model=facts.base.name,
+        language=list(facts.language) or None,
         library_name="peft" if facts.is_adapter else "transformers",
         pipeline_tag=facts.task,
         datasets=[data.name] if data and data.name and not data.local else None,

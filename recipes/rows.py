@@ -125,6 +125,7 @@ def fine_tune(
     add_to_recipe(
         folder,
         task="text-classification",
+        language="en",
         data={"name": "docstrings", "local": True, "labels": names, "columns": columns, "splits": parts},
         preprocessing={"max_length": max_length},
         results={"test": {"accuracy": facts["accuracy"]}},

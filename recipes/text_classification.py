@@ -59,6 +59,7 @@ class Recipe:
     max_train_samples: int | None = field(default=None, metadata={"help": "train on that many texts at the most"})
     strategy: str = field(default="gradual", metadata={"help": "a strategy of tl_callbacks.adapt"})
     strategy_options: dict | str | None = field(default=None, metadata={"help": "its options, as JSON"})  # type: ignore[type-arg]
+    language: str | None = field(default=None, metadata={"help": "of the texts, as an ISO 639 code; for the card"})
     license: str | None = field(default=None, metadata={"help": "of what --push_to_hub publishes, as the Hub names it"})
     merge_adapter: bool = field(default=False, metadata={"help": "publish adapters merged into their base"})
     dry_run: bool = field(default=False, metadata={"help": "print groups, phases and rates, and stop"})
@@ -112,6 +113,7 @@ def main(recipe: Recipe, args: TrainingArguments) -> None:
         add_to_recipe(
             args.output_dir,
             task="text-classification",
+            language=recipe.language,
             data=data_facts(splits, recipe, names),
             preprocessing=preprocessing_facts(splits, recipe, args.seed),
             results={"validation": metrics_of(results)},

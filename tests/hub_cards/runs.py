@@ -60,6 +60,7 @@ RECIPE: dict[str, Any] = {
     "command": ["python", "/scratch/jo/train.py", "--train_file", "/scratch/jo/train.csv"],
     "commit": {"sha": "d" * 40, "dirty": False},
     "task": "text-classification",
+    "language": "en",
     "data": {
         "name": "jo/mails",
         "local": False,

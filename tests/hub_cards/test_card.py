@@ -101,6 +101,7 @@ def test_the_metadata_are_the_hubs(facts: RunFacts) -> None:
     assert isinstance(card.data, ModelCardData)
     data = card.data.to_dict()
     assert data["base_model"] == "jo/small-bert"
+    assert data["language"] == ["en"]
     assert data["base_model_relation"] == "finetune"
     assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-classification")
     assert (data["datasets"], data["metrics"]) == (["jo/mails"], ["accuracy"])
@@ -159,6 +160,7 @@ def test_hostile_values_stay_data(tmp_path: Path, value: str) -> None:
         "preprocessing": {value: value},
         "methods__Strategy": {"name": value, "options": {value: value}},
         "command": ["python", value],
+        "language": value,
         "versions": {value: value},
         "results": {value: {value: 0.5}},
         "commit": {"sha": value, "dirty": False},
@@ -187,6 +189,7 @@ def test_hostile_values_stay_data(tmp_path: Path, value: str) -> None:
     assert set(widths) <= {0, 2, 3, 4, 5, 6}
     data = yaml.safe_load(card.split("\n---\n", 1)[0].removeprefix("---\n"))
     assert set(data) <= {
+        "language",
         "library_name",
         "license",
         "license_name",
@@ -274,6 +277,7 @@ def test_a_section_that_was_emptied_stays_empty_while_the_facts_stay(facts: RunF
 
 
 def test_somebody_elses_card_is_kept_whole_and_a_librarys_own_is_not(facts: RunFacts) -> None:
+    facts = dataclasses.replace(facts, language=())
     theirs = "---\nlanguage: de\ntags: [mails]\nwidget:\n- text: hallo\n---\n\n# My model\n\nIt is good.\n"
     card = str(Card(facts).keep(theirs))
     data = yaml.safe_load(card.split("---\n")[1])
