@@ -61,8 +61,10 @@ def _curve(axes: Axes, facts: RunFacts) -> None:
         line = "-" if key == "loss" else "--o"
         target.plot(*_points(series), line, markersize=3, label=_plain(key), color=None if loss else "tab:green")
     axes.set(xlabel="optimizer step", ylabel="loss")
-    for phase in facts.phases[1:]:
-        axes.axvline(phase.first_step, color="0.6", linewidth=0.8, linestyle=":")
+    for number, phase in enumerate(facts.phases[1:]):
+        axes.axvline(
+            phase.first_step, color="0.6", linewidth=0.8, linestyle=":", label="_" if number else "groups open"
+        )
     handles = [handle for part in (axes, side) if part is not None for handle in part.get_lines()]
     axes.legend(handles=[h for h in handles if not str(h.get_label()).startswith("_")], loc="best", fontsize=8)
     if side is not None:

@@ -29,7 +29,7 @@ def title(facts: RunFacts) -> str:
     """
     if facts.repo_id:
         return facts.repo_id.split("/")[-1]
-    base = facts.base.name or facts.base.folder
+    base = facts.base.name
     strategy = facts.methods.get("Strategy", {}).get("name")
     name = base.split("/")[-1] if base else facts.base_class or facts.model_class
     return one_line(f"{name}, {strategy}" if strategy else name)
@@ -37,6 +37,8 @@ def title(facts: RunFacts) -> str:
 
 def view(facts: RunFacts) -> dict[str, Any]:
     """Return the values beside the facts themselves that the templates print."""
+    adapter = next(iter(facts.adapters.values()), None)
+    kind = str((adapter or {}).get("peft_type", ""))
     return {
         "purpose": TASKS.get(facts.task or ""),
         "labels": labels(facts),
@@ -54,7 +56,8 @@ def view(facts: RunFacts) -> dict[str, Any]:
         "verify_command": _verify_command(facts),
         "adapter_size": sum(facts.weights.values()) or None,
         "missing": _missing(facts),
-        "adapter": next(iter(facts.adapters.values()), None),
+        "adapter": adapter,
+        "kind": {"LORA": "LoRA"}.get(kind, kind),
     }
 
 
