@@ -105,6 +105,7 @@ class RunFacts:
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     groups: tuple[Group, ...] = ()  # bottom (input) to top (head)
     head: str | None = None
+    head_parameters: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # on the groups
     phases: tuple[Phase, ...] = ()
     rates: Mapping[str, Series] = field(default_factory=dict)  # group to (step, learning rate)
@@ -173,6 +174,7 @@ def read_facts(run_dir: str | Path) -> RunFacts:
         preprocessing=without_paths(recipe.get("preprocessing", {})),
         groups=tuple(Group(g["name"], sum(g["sizes"]), g["dtype"]) for g in groups["groups"]),
         head=groups["head"],
+        head_parameters=tuple(n for g in groups["groups"] if g["name"] == groups["head"] for n in g["parameters"]),
         notes=tuple(groups["notes"]),
         phases=history.phases(log, names, model["trainable_parameters"], state["global_step"]),
         rates=history.rates(log, names),

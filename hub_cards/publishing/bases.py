@@ -149,7 +149,7 @@ def _prove(facts: RunFacts, files: list[Path], weights: Mapping[str, Path]) -> P
     own = {name: tensor.shape for path in weights.values() for name, tensor in read_header(path).items()}
     if facts.adapters:
         return prove(facts.base.tensors, files, brought={name.removeprefix(_PEFT) for name in own})
-    return prove(facts.base.tensors, files, shapes=own)
+    return prove(facts.base.tensors, files, brought=facts.head_parameters, shapes=own)  # a head may have been made anew
 
 
 def _check_statistics(facts: RunFacts, weights: Mapping[str, Path]) -> None:

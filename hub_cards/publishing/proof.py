@@ -53,7 +53,8 @@ def prove(
     Args:
         recorded: name to hash, as in `recipe.json`.
         checkpoint: its safetensors files.
-        brought: names of tensors that an adapter's file holds itself; the checkpoint need not have them.
+        brought: names of tensors that an adapter's file holds itself, or of a new head: the checkpoint need not have
+            them, and may hold others.
         shapes: of a full model's own weights. A tensor with another shape than the checkpoint's was made anew: a head
             for other classes, an embedding for more tokens.
 

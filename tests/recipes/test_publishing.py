@@ -110,7 +110,7 @@ def check(hub: HubServer, strategies: list[str], base: str, tmp_path: Path) -> N
 
 
 def test_published_runs_are_pulled_as_they_were(hub: HubServer, base: str, tmp_path: Path) -> None:
-    check(hub, ["gradual", "lora"], base, tmp_path)
+    check(hub, ["head", "lora"], base, tmp_path)
 
 
 @pytest.mark.slow
