@@ -14,6 +14,7 @@ from hub_cards import history
 from hub_cards.history import Phase, Series
 from hub_cards.licences import Licence
 from hub_cards.paths import is_repo_id, last_part, without_paths
+from hub_cards.tasks import task_of
 
 SCHEMA_VERSION = 1
 RECIPE, STATE = "recipe.json", "trainer_state.json"
@@ -168,7 +169,7 @@ def read_facts(run_dir: str | Path) -> RunFacts:
         problem_type=model.get("problem_type"),
         adapters=without_paths(model["adapters"] or {}),
         weights={name: (folder / name).stat().st_size for name in _weights(folder)},
-        task=recipe.get("task"),
+        task=recipe.get("task") or task_of(model.get("base_class") or model["class"]),
         language=_languages(recipe.get("language")),
         data=_data(recipe),
         preprocessing=without_paths(recipe.get("preprocessing", {})),

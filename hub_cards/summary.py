@@ -7,16 +7,8 @@ from typing import Any
 from hub_cards.facts import RunFacts
 from hub_cards.history import Phase, Series
 from hub_cards.markdown import Markdown, code, number, one_line
+from hub_cards.tasks import PURPOSES
 
-TASKS = {
-    "text-classification": "assigns a text to one of its classes",
-    "image-classification": "assigns an image to one of its classes",
-    "token-classification": "labels the tokens of a text",
-    "question-answering": "marks the answer to a question in a text",
-    "text-generation": "continues a text",
-    "text2text-generation": "rewrites a text",
-    "summarization": "summarises a text",
-}
 _SHOWN = 12  # points of a curve in a table
 
 
@@ -40,7 +32,7 @@ def view(facts: RunFacts) -> dict[str, Any]:
     adapter = next(iter(facts.adapters.values()), None)
     kind = str((adapter or {}).get("peft_type", ""))
     return {
-        "purpose": TASKS.get(facts.task or ""),
+        "purpose": PURPOSES.get(facts.task or ""),
         "labels": labels(facts),
         "where": facts.repo_id or "path/to/this/folder",
         "groups": _groups(facts),

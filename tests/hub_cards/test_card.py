@@ -330,3 +330,17 @@ def test_a_card_that_cannot_be_made_leaves_the_old_one(facts: RunFacts, tmp_path
         write_card(facts, tmp_path / "run")
     assert path.read_text() == "---\n- a\n---\nmine"
     assert not (tmp_path / "run" / "figures").exists()
+
+
+@pytest.mark.parametrize(
+    "task", ["text-classification", "token-classification", "image-classification", "text-generation"]
+)
+@pytest.mark.parametrize("num_labels", [1, 2])
+def test_every_snippet_is_python(tmp_path: Path, task: str, num_labels: int) -> None:
+    for adapters in (None, runs.ADAPTERS):
+        card = render(facts_of(tmp_path, task=task, model__num_labels=num_labels, model__adapters=adapters))
+        blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        assert len(blocks) == (2 if adapters else 1)
+        for block in blocks:
+            compile(block, "card", "exec")
+        assert "pulled.model" in blocks[0]

@@ -50,7 +50,7 @@ def test_a_run_without_a_recipes_facts_says_none_and_not_zero(tmp_path: Path) ->
     for key in ("base_class", "local", "fingerprint", "dtype", "num_labels", "id2label", "problem_type"):
         del found["model"][key]
     facts = read_facts(runs.write(tmp_path, found, runs.state(log_history=[])))
-    assert (facts.data, facts.results, facts.cost, facts.commit, facts.task) == (None, (), None, None, None)
+    assert (facts.data, facts.results, facts.cost, facts.commit) == (None, (), None, None)
     assert facts.phases[0].open == ("embeddings", "encoder.layer.0", "head")  # all trained from the first step on
 
 
@@ -139,3 +139,15 @@ def test_repo_ids(name: str) -> None:
 @pytest.mark.parametrize("name", ["", "./bert", "/bert", "a/b/c", "a--b", "a..b", "jo/", r"C:\x", "-a/b", "a b"])
 def test_no_repo_ids(name: str) -> None:
     assert not is_repo_id(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("BertForSequenceClassification", "text-classification"), ("LlamaForCausalLM", "text-generation"),
+     ("ViTForImageClassification", "image-classification"), ("BartForConditionalGeneration", None), ("Net", None)],
+)  # fmt: skip
+def test_a_class_that_leaves_no_doubt_names_the_task(tmp_path: Path, name: str, task: str | None) -> None:
+    found = runs.recipe(model__base_class=name)
+    assert read_facts(runs.write(tmp_path, found)).task == "text-classification"  # as the recipe says
+    del found["task"]
+    assert read_facts(runs.write(tmp_path, found)).task == task
