@@ -10,8 +10,10 @@ from typing import Any
 
 import datasets
 from datasets import ClassLabel, Dataset, load_dataset
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
 from hub_cards.facts import Data, RunFacts, Split
+from hub_cards.paths import is_repo_id
 from hub_cards.pulling.loading import shortened
 
 # Not `load_dataset("csv")`, which tells a server of it.
@@ -28,7 +30,8 @@ def find_rows(facts: RunFacts, split: str, data: Dataset | str | Path | None, to
     """Return the rows that a split of the card was evaluated on, after their content was compared.
 
     Raises:
-        ValueError: the data are local and `data` is None, or they are not those of the card.
+        ValueError: the data are local and `data` is None, or their name is that of something on this machine, or they
+            are not those of the card.
     """
     known = facts.data
     assert known is not None
@@ -104,6 +107,12 @@ def _load(known: Data, expected: Split, split: str, data: Dataset | str | Path |
     if isinstance(data, Dataset):
         return data
     if data is None:
+        name = known.name or ""
+        if not is_repo_id(name) or name in _PACKAGED_DATASETS_MODULES or Path(name).exists():
+            raise ValueError(
+                f"the card was evaluated on the data set `{name}`, which `datasets` would read from this machine; "
+                "expected a name on the Hub, `owner/name`, that no folder here has. Give the rows as data=."
+            )
         with _quiet_datasets():
             return load_dataset(
                 known.name, known.config, split=expected.source or split, revision=known.revision, token=token

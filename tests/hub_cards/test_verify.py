@@ -169,6 +169,21 @@ def test_rows_of_the_hub_at_the_recorded_commit(
         verify("acme/run")
 
 
+@pytest.mark.parametrize("name", ["./folder", "acme/folder", "text", "pandas", "https://evil.example/a.csv"])
+def test_a_data_set_is_never_one_of_this_machine(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    pullable.on_hub(hub, "bert-full")
+    files = with_card(hub.files("acme/run"), rows(), {"loss": 1.0}, name=name, local=False)
+    hub.seed("acme/run", {"recipe.json": files["recipe.json"]}, user="alice")
+    for folder in (tmp_path / "folder", tmp_path / "acme" / "folder"):
+        folder.mkdir(parents=True)
+        rows().to_csv(folder / "validation.csv")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"on the data set `{name}`, which `datasets` would read from this machine"):
+        verify("acme/run")
+
+
 def test_rows_that_training_held_out(hub: HubServer) -> None:
     data = rows(80)
     held = data.train_test_split(test_size=0.25, seed=5)["test"]
