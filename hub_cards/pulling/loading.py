@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import __version__ as peft_version
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -18,7 +19,7 @@ from transformers.utils import logging
 
 from hub_cards.facts import RunFacts
 from hub_cards.fingerprints import bytes_hash, read_header
-from hub_cards.pulling.snapshots import Snapshot
+from hub_cards.pulling.refusals import Snapshot
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -105,7 +106,13 @@ def load_adapter(model: PreTrainedModel, facts: RunFacts, run: Snapshot) -> Peft
         ValueError: the file and the adapter's configuration do not have the same tensors.
     """
     folder, name = adapter_folder(facts, run), adapter_name(facts)
-    config = PeftConfig.from_pretrained(str(folder))
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except KeyError as error:  # PEFT's own word for it
+        raise ValueError(
+            f"adapter_config.json of {run} has the peft_type {error}, which PEFT {peft_version} does not know. The "
+            f"run used PEFT {facts.versions.get('peft', '(unknown)')}; install that one."
+        ) from None
     with undisturbed():
         adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name, config=config, torch_device="cpu")
     stored = load_file(folder / ADAPTER)
@@ -128,7 +135,7 @@ def model_class(facts: RunFacts) -> type[PreTrainedModel]:
     """
     name = facts.base_class or (None if facts.is_adapter else facts.model_class)
     found = getattr(transformers, name, None) if name else None
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class):
         raise ValueError(
             f"the run's model is a `{name}`, which transformers {transformers.__version__} does not have as a model; "
             f"expected a class of its own. The run used transformers {facts.versions.get('transformers', '(unknown)')}."
@@ -140,14 +147,17 @@ def adapter_name(facts: RunFacts) -> str:
     """Return the name of a run's one adapter.
 
     Raises:
-        ValueError: there are several.
+        ValueError: there are several, or its name is a path.
     """
     if len(facts.adapters) != 1:
         raise ValueError(
             f"the run has {len(facts.adapters)} adapters ({', '.join(facts.adapters)}), expected one: which are "
             "active is not recorded. Load them with PEFT's `load_adapter`."
         )
-    return next(iter(facts.adapters))
+    name = next(iter(facts.adapters))
+    if not name or name.startswith(".") or "/" in name or "\\" in name:
+        raise ValueError(f"the run's adapter is called `{name}`; expected a name that a folder beside it can have.")
+    return name
 
 
 def adapter_folder(facts: RunFacts, run: Snapshot) -> Path:
@@ -253,13 +263,22 @@ def _from_pretrained(
         model, report = load(
             folder,
             config=config,
-            dtype=getattr(torch, dtype) if dtype else "auto",
+            dtype=_dtype(dtype) if dtype else "auto",
             use_safetensors=True,
             local_files_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     return model, report
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise ValueError(
+            f"the run's weights are of the dtype `{name}`; expected float32, bfloat16, float16 or float64. Train again."
+        )
+    return found
 
 
 def _set_labels(config: PretrainedConfig, facts: RunFacts) -> None:

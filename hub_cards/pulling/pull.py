@@ -10,8 +10,9 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 
 from hub_cards.facts import RECIPE, RunFacts, read_facts
 from hub_cards.paths import is_repo_id
-from hub_cards.pulling.loading import load_adapter, load_base, load_full
-from hub_cards.pulling.snapshots import Snapshot, fetch_base, fetch_run, local_snapshot, read_json, resolve
+from hub_cards.pulling.loading import load_adapter, load_base, load_full, shortened
+from hub_cards.pulling.refusals import Snapshot, read_json, refuse_strays
+from hub_cards.pulling.snapshots import fetch_base, fetch_run, local_snapshot, resolve
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def pull(
     """
     run = find_run(repo_id, revision, token)
     facts = read_facts(run.folder)
+    labels = class_names(facts)
     model: nn.Module
     loaded: PreTrainedModel
     if facts.is_adapter:
@@ -105,7 +107,6 @@ def pull(
         model, base_revision = loaded, None
     processor = load_processor(run, loaded.config)
     model = nn.Module.to(model, device=device, dtype=dtype).eval()
-    labels = tuple(name for _, name in sorted(facts.id2label.items(), key=lambda item: int(item[0])))
     return Pulled(model, processor, facts, labels, run.repo_id, run.revision, base_revision)
 
 
@@ -119,7 +120,9 @@ def find_run(repo_id: str | Path, revision: str | None, token: str | None) -> Sn
     if Path(repo_id).is_dir():
         if revision is not None:
             raise ValueError(f"`{repo_id}` is a local folder and has no revision `{revision}`; leave revision= out.")
-        return local_snapshot(Path(repo_id))
+        run = local_snapshot(Path(repo_id))
+        refuse_strays(run)
+        return run
     if not is_repo_id(str(repo_id)):
         raise FileNotFoundError(f"`{repo_id}` is no folder here, and cannot be a repository; expected `owner/name`.")
     return fetch_run(str(repo_id), revision, token)
@@ -187,6 +190,25 @@ def load_processor(run: Snapshot, config: Any) -> Any:
     if getattr(config, "pad_token_id", 0) is None:
         config.pad_token_id = getattr(processor, "pad_token_id", None)
     return processor
+
+
+def class_names(facts: RunFacts) -> tuple[str, ...]:
+    """Return the names of a run's classes in the order of their numbers; empty if it is no classifier.
+
+    Raises:
+        ValueError: the numbers are not 0, 1, 2 and so on: a name would be that of another output.
+
+    Example:
+        >>> class_names(RunFacts(1, 1, "A", id2label={"1": "good", "0": "bad"}))
+        ('bad', 'good')
+    """
+    wanted = [str(number) for number in range(len(facts.id2label))]
+    if strays := facts.id2label.keys() - set(wanted):
+        raise ValueError(
+            f"the run names the classes {shortened(strays)}; expected the numbers 0 to {len(wanted) - 1}, each with "
+            "its name. Mend id2label in recipe.json and in the configuration, and publish again."
+        )
+    return tuple(facts.id2label[number] for number in wanted)
 
 
 def _local_base(folder: Path) -> str | None:

@@ -1,7 +1,5 @@
 """The files of a published run and of its base, from the Hub or its cache: pinned, checked, no pickles, no code."""
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +24,20 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the HTT
 
 from hub_cards.facts import RECIPE
 from hub_cards.fingerprints import file_sha256, read_header
+from hub_cards.pulling.refusals import (
+    INDEX,
+    PICKLES,
+    Snapshot,
+    forget,
+    read_json,
+    refuse_code,
+    refuse_pickles,
+    refuse_strays,
+    shards_of,
+)
 
 CARD = "README.md"
-CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
-_CODE = (".py", ".pyc", ".so", ".pyd", ".dll")
-# Configurations that transformers or PEFT read; any of them could name code to run.
-_CONFIGS = (
-    CONFIG, "adapter_config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
-    "video_preprocessor_config.json", "generation_config.json",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A folder with the files of one commit; of a local folder repository and revision are None."""
-
-    folder: Path
-    repo_id: str | None = None
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return f"`{self.repo_id}` at {self.revision}" if self.repo_id else f"`{self.folder}`"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def resolve(repo_id: str, revision: str | None, token: str | None) -> str:
@@ -128,7 +118,7 @@ def fetch_run(repo_id: str, revision: str | None, token: str | None) -> Snapshot
         assert path is not None
         found = path.stat().st_size
         if found != size or file_sha256(path) != sha256:
-            _forget(path)
+            forget(path)
             what = f"has {found} bytes, expected {size}" if found != size else f"has not the SHA-256 {sha256}"
             raise OSError(
                 f"`{name}` of {snapshot} {what}, as {RECIPE} says: it was cut short or changed. It is out of the cache "
@@ -136,6 +126,7 @@ def fetch_run(repo_id: str, revision: str | None, token: str | None) -> Snapshot
             )
     fetch(repo_id, sha, CARD, token, optional=True)
     refuse_code(snapshot)
+    refuse_strays(snapshot)
     return snapshot
 
 
@@ -153,10 +144,8 @@ def fetch_base(repo_id: str, revision: str, token: str | None) -> Snapshot:
     fetch(repo_id, revision, "generation_config.json", token, optional=True)
     if weights := fetch(repo_id, revision, WEIGHTS, token, optional=True):
         shards = [weights]
-    elif index := fetch(repo_id, revision, INDEX, token, optional=True):
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        refuse_pickles(snapshot, names)
-        shards = [path for name in names if (path := fetch(repo_id, revision, name, token))]
+    elif fetch(repo_id, revision, INDEX, token, optional=True):
+        shards = [path for name in shards_of(snapshot) if (path := fetch(repo_id, revision, name, token))]
     else:
         refuse_pickles(snapshot, _listing(repo_id, revision, token))
         raise FileNotFoundError(f"{snapshot} has no weights: neither {WEIGHTS} nor {INDEX}; choose another base.")
@@ -170,66 +159,9 @@ def local_snapshot(folder: Path) -> Snapshot:
     snapshot = Snapshot(folder)
     names = [path.name for path in folder.iterdir() if path.is_file() and path.name != "training_args.bin"]
     if not any(name.endswith(".safetensors") for name in names):
-        refuse_pickles(snapshot, [name for name in names if name.endswith(_PICKLES)])
+        refuse_pickles(snapshot, [name for name in names if name.endswith(PICKLES)])
     refuse_code(snapshot)
     return snapshot
-
-
-def refuse_pickles(snapshot: Snapshot, names: list[str]) -> None:
-    """Raise if a name is a pickle's or code's: reading either runs what somebody else wrote.
-
-    Raises:
-        ValueError: there is such a name.
-    """
-    wrong = sorted(name for name in names if name.lower().endswith((*_PICKLES, *_CODE)))
-    if wrong:
-        only = "" if any(name.endswith(".safetensors") for name in names) else " and has no safetensors weights"
-        raise ValueError(
-            f"{snapshot} lists {', '.join(f'`{name}`' for name in wrong[:5])}{only}; pickles and code run what others "
-            "wrote when they are read, so they are never read. Save the weights as safetensors."
-        )
-
-
-def refuse_code(snapshot: Snapshot) -> None:
-    """Raise if a configuration names code that lies in a repository.
-
-    Raises:
-        ValueError: a configuration has `auto_map`, or takes a kernel from the Hub.
-        OSError: a configuration is no JSON; it is taken out of the cache.
-    """
-    for name in _CONFIGS:
-        path = snapshot.folder / name
-        if path.is_file() and (place := _names_code(read_json(path))):
-            raise ValueError(
-                f"`{name}` of {snapshot} has `{place}`, by which code of a repository would run; expected a class that "
-                "transformers itself has. Code of others is never run."
-            )
-
-
-def read_json(path: Path) -> Any:
-    """Return what a JSON file of a snapshot holds.
-
-    Raises:
-        OSError: it is no JSON; it is taken out of the cache.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also UnicodeDecodeError
-        _forget(path)
-        raise OSError(f"`{path.name}` in `{path.parent}` is no JSON ({error}); call again, or restore it.") from None
-
-
-def _names_code(config: Any) -> str | None:
-    if isinstance(config, list):
-        return next((place for item in config if (place := _names_code(item))), None)
-    if not isinstance(config, dict):
-        return None
-    for key, value in config.items():
-        if key == "auto_map" and value:
-            return "auto_map"
-        if key.endswith("_implementation") and "/" in str(value):
-            return f"{key}: {value}"
-    return _names_code(list(config.values()))
 
 
 def _manifest(recipe: Any) -> dict[str, tuple[int, str]] | None:
@@ -241,18 +173,11 @@ def _manifest(recipe: Any) -> dict[str, tuple[int, str]] | None:
         return None
 
 
-def _forget(path: Path) -> None:
-    """Remove a file from the cache; one of the user's own folders is left."""
-    if path.parent.parent.name == "snapshots":
-        path.resolve().unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-
-
 def _check_header(path: Path, snapshot: Snapshot) -> None:
     try:
         read_header(path)
     except ValueError as error:
-        _forget(path)
+        forget(path)
         raise OSError(f"{error} It belongs to {snapshot} and is out of the cache; call again.") from None
 
 
@@ -267,7 +192,7 @@ def _listing(repo_id: str, revision: str, token: str | None) -> list[str]:
 def _foreign(repo_id: str, sha: str, why: str, token: str | None) -> str:
     names = _listing(repo_id, sha, token)
     adapter = "adapter_config.json" in names
-    pickled = any(name.endswith(_PICKLES) for name in names) and not any(n.endswith(".safetensors") for n in names)
+    pickled = any(name.endswith(PICKLES) for name in names) and not any(n.endswith(".safetensors") for n in names)
     return (
         f"`{repo_id}` at {sha} was not published by hub_cards: {why}, so neither its base nor its files can be checked."
         f"{' Its weights are pickles only, which run what others wrote when they are read.' if pickled else ''} "

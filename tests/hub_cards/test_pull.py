@@ -515,6 +515,127 @@ def test_a_manifest_cannot_reach_out_of_the_cache(hub: HubServer, tmp_path: Path
         pull(made.repo_id)
 
 
+def seed_changed(hub: HubServer, name: str, **values: Any) -> None:
+    """The run on the Hub with other values in a JSON file of it, and a manifest that fits."""
+    files = {key: data for key, data in hub.files("acme/run").items() if key != ".gitattributes"}
+    hub.seed("acme/run", changed({name: b"{}"} | files, name, **values), user="alice")
+
+
+@pytest.mark.parametrize("shard", ["outside", "README.md", "pieces.model", 3])
+def test_an_index_lists_nothing_but_safetensors_beside_it(hub: HubServer, tmp_path: Path, shard: Any) -> None:
+    made = pullable.on_hub(hub, "bert-full")
+    weights = load_file(made.run.folder / "model.safetensors")
+    save_file(weights, tmp_path / "secret.safetensors", {"format": "pt"})
+    torch.save(weights, tmp_path / "weights")
+    name = str(tmp_path / "secret.safetensors") if shard == "outside" else shard
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
+    files = hub.files("acme/run")
+    rest = {k: v for k, v in files.items() if k not in ("README.md", "recipe.json", "model.safetensors")}
+    rest |= {"model.safetensors.index.json": json.dumps(index).encode()}
+    if shard == "pieces.model":
+        rest[shard] = (tmp_path / "weights").read_bytes()
+    evil = pullable.with_manifest(rest, json.loads(files["recipe.json"]), "acme/evil")
+    if shard == "README.md":
+        evil[shard] = (tmp_path / "weights").read_bytes()
+    hub.seed("acme/evil", evil, user="alice")
+    with pytest.raises(ValueError, match=rf"`model.safetensors.index.json` of `acme/evil` .* lists `{name}`; expected"):
+        pull("acme/evil")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "values", "what"),
+    [
+        ("bert-full", "tokenizer_config.json", {"gguf_file": "/etc/passwd"}, "gguf_file: /etc/passwd"),
+        ("bert-full", "tokenizer_config.json", {"vocab_file": ".env"}, "vocab_file: .env"),
+        ("bert-full", "config.json", {"transformers_weights": "a.safetensors"}, "transformers_weights: a.safetensors"),
+        (
+            "bert-full",
+            "processor_config.json",
+            {"audio_tokenizer": {"audio_tokenizer_name_or_path": "/etc"}},
+            "audio_tokenizer_name_or_path: /etc",
+        ),
+        ("bert-lora", "adapter_config.json", {"peft_type": "SHADOW", "shadow_model": "a/b"}, "shadow_model: a/b"),
+        ("bert-lora", "adapter_config.json", {"peft_type": "XLORA", "adapters": {"0": "a/b"}}, "peft_type: XLORA"),
+        (
+            "bert-lora",
+            "adapter_config.json",
+            {"prompt_tuning_init_state_dict_path": "/x.bin"},
+            "prompt_tuning_init_state_dict_path: /x.bin",
+        ),
+        ("bert-lora", "adapter_config.json", {"megatron_config": {"a": 1}}, "megatron_config: {'a': 1}"),
+    ],
+)
+def test_nothing_outside_of_the_run_is_read(
+    hub: HubServer, kind: str, name: str, values: dict[str, Any], what: str
+) -> None:
+    made = pullable.on_hub(hub, kind)
+    seed_changed(hub, name, **values)
+    with pytest.raises(ValueError, match=rf"`{name}` of `acme/run` .* has `{what}`: loading it would read"):
+        pull(made.repo_id)
+    assert not any("a/b" in request.path for request in hub.requests)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        ("bert-full", {"dtype": "load"}, "weights are of the dtype `load`; expected float32"),
+        ("bert-full", {"dtype": "nothing"}, "weights are of the dtype `nothing`; expected float32"),
+        ("bert-full", {"dtype": "float8_e4m3fn"}, "weights are of the dtype `float8_e4m3fn`; expected float32"),
+        ("bert-full", {"id2label": {"a": "b"}}, "names the classes `a`; expected the numbers 0 to 0"),
+        ("bert-full", {"id2label": {"1": "a", "7": "b", "-3": "c"}}, "names the classes `-3`, `7`; expected the"),
+        (
+            "bert-lora",
+            {"base_class": "PreTrainedModel"},
+            "model is a `PreTrainedModel`, which transformers .* not have",
+        ),
+        ("bert-lora", {"adapters": {"../../x": {}}}, "adapter is called `../../x`; expected a name"),
+    ],
+)
+def test_values_of_a_recipe_that_mean_nothing(hub: HubServer, kind: str, values: dict[str, Any], message: str) -> None:
+    made = pullable.on_hub(hub, kind)
+    recipe = json.loads(hub.files("acme/run")["recipe.json"])
+    recipe["model"] |= values
+    hub.seed("acme/run", {"recipe.json": json.dumps(recipe)}, user="alice")
+    with pytest.raises(ValueError, match=message):
+        pull(made.repo_id)
+
+
+def test_a_kind_of_adapter_that_peft_does_not_know(hub: HubServer) -> None:
+    made = pullable.on_hub(hub, "bert-lora")
+    seed_changed(hub, "adapter_config.json", peft_type="FUTURE")
+    with pytest.raises(ValueError, match=r"of `acme/run` .* has the peft_type 'FUTURE', which PEFT .* does not know"):
+        pull(made.repo_id)
+
+
+def test_a_file_of_brackets_without_end(hub: HubServer) -> None:
+    made = pullable.on_hub(hub, "bert-full")
+    hub.seed("acme/run", {"recipe.json": "[" * 200_000}, user="alice")
+    with pytest.raises(OSError, match=r"`recipe.json` in .* is no JSON \(maximum recursion depth exceeded"):
+        pull(made.repo_id)
+
+
+def test_a_damaged_picture_in_the_cache_is_replaced(hub: HubServer) -> None:
+    made = pullable.on_hub(hub, "bert-full")
+    files = {k: v for k, v in hub.files("acme/run").items() if k not in ("README.md", ".gitattributes")}
+    recipe = json.loads(files.pop("recipe.json"))
+    files["figures/a.png"] = b"a picture"
+    hub.seed("acme/run", pullable.with_manifest(files, recipe, "acme/run"), user="alice")
+    pull(made.repo_id)
+    next(Path(constants.HF_HUB_CACHE).rglob("a.png")).resolve().write_bytes(b"b picture")
+    with pytest.raises(OSError, match=r"`figures/a.png` .* has not the SHA-256"):
+        pull(made.repo_id)
+    pull(made.repo_id)
+
+
+def test_a_users_own_file_is_never_removed(tmp_path: Path) -> None:
+    run = tmp_path / "snapshots" / "today"
+    shutil.copytree(pullable.trained("bert-full").folder, run)
+    (run / "config.json").write_text("{")
+    with pytest.raises(OSError, match=r"`config.json` in .* is no JSON"):
+        pull(run)
+    assert (run / "config.json").is_file()
+
+
 def test_weights_that_are_not_those_of_the_class(hub: HubServer, tmp_path: Path) -> None:
     made = pullable.on_hub(hub, "bert-full")
     files = hub.files("acme/run")
