@@ -168,6 +168,16 @@ def test_a_merged_model_of_a_local_base(lora: Run, hub: HubServer) -> None:
     assert not hub.ever_saw(str(lora.base))
 
 
+def test_a_parameter_called_token_is_no_secret(full: Run, hub: HubServer) -> None:
+    found = json.loads((full.folder / "recipe.json").read_text())["model"]["fingerprint"]
+    found["tensors"]["vit.embeddings.cls_token"] = "125d0c0f9a8b7c6d"
+    trained.change(full.folder / "recipe.json", within="model", fingerprint=found)
+    assert go(full).commit
+    trained.change(full.folder / "recipe.json", notes={"cls_token": "125d0c0f9a8b7c6e"})
+    with pytest.raises(ValueError, match=r"recipe.json:\d+: value of a secret"):
+        go(full)
+
+
 def test_merge_needs_an_adapter(full: Run, hub: HubServer) -> None:
     with pytest.raises(ValueError, match="no adapter to merge"):
         go(full, merge=True)
