@@ -172,7 +172,7 @@ def write_card(facts: RunFacts | Card, run_dir: str | Path, *, existing: str | N
     """
     card = facts if isinstance(facts, Card) else Card(facts)
     path = Path(run_dir) / CARD
-    for earlier in (path.read_text(encoding="utf-8") if path.is_file() else None, existing):
+    for earlier in (read_card(path) if path.is_file() else None, existing):
         if earlier is not None:
             card.keep(earlier)
     for name, picture in pictures(card.facts).items():
@@ -180,6 +180,25 @@ def write_card(facts: RunFacts | Card, run_dir: str | Path, *, existing: str | N
         _write(path.parent / FOLDER / name, picture)
     _write(path, str(card).encode())
     return path
+
+
+def read_card(path: str | Path) -> str:
+    """Return the text of a card.
+
+    Raises:
+        ValueError: it is no UTF-8.
+
+    Example:
+        >>> read_card("hub_cards/README.md")[:12]
+        '# hub_cards:'
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"`{path}` is no UTF-8 ({error.reason} at byte {error.start}), so what is your own in it cannot be kept; "
+            "expected a card in UTF-8. Save it so, or remove it."
+        ) from None
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -27,6 +27,7 @@ from hub_cards.publishing.remote import ConcurrentPushError, PublishError, Remot
 from hub_cards.publishing.staging import STAGING, Staged, stage
 from hub_cards.publishing.validation import check_weights, validate
 from hub_cards.scanning.scan import check
+from hub_cards.tokens import check_token
 
 __all__ = ["ConcurrentPushError", "Publication", "PublishError", "publish"]
 
@@ -84,6 +85,7 @@ def publish(
             ...
         FileNotFoundError: `no/such/run` holds no recipe.json; expected the output_dir of a run: ...
     """
+    check_token(token)
     action = partial(
         _publish,
         Path(run_dir),

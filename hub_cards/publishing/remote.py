@@ -18,6 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from huggingface_hub.utils.sha import git_hash
 
+from hub_cards.card import read_card
 from hub_cards.facts import RECIPE
 from hub_cards.fingerprints import file_sha256
 from hub_cards.publishing.staging import ADAPTER, MODEL, is_allowed
@@ -130,10 +131,11 @@ def read(api: HfApi, repo_id: str) -> Remote | None:
         entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in tree if isinstance(entry, RepoFile)
     }
     card, recipe = (
-        Path(api.hf_hub_download(repo_id, name, revision=info.sha)).read_bytes() if name in hashes else None
+        Path(api.hf_hub_download(repo_id, name, revision=info.sha)) if name in hashes else None
         for name in (CARD, RECIPE)
     )
-    return Remote(info.sha, bool(info.private), hashes, card.decode() if card is not None else None, _ours(recipe))
+    text, ours = read_card(card) if card else None, _ours(recipe.read_bytes() if recipe else None)
+    return Remote(info.sha, bool(info.private), hashes, text, ours)
 
 
 def check_visibility(remote: Remote, repo_id: str, private: bool) -> None:
@@ -257,7 +259,7 @@ def _ours(recipe: bytes | None) -> frozenset[str]:
     try:
         files = json.loads(recipe or b"{}")["published"]["files"]
         return frozenset(str(name) for name in files)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         return frozenset()
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from hub_cards.card import read_card
 from hub_cards.facts import RunFacts
 from hub_cards.sections import is_stock
 
@@ -114,7 +115,7 @@ def stage(run_dir: str | Path, target: str | Path, facts: RunFacts, *, merged: s
             "publish alone: model.save_pretrained(folder, selected_adapters=[name])."
         )
     for name, path in sources.items():
-        if name not in OWN and not (name == "README.md" and is_unwritten(path.read_text(encoding="utf-8"))):
+        if name not in OWN and not (name == "README.md" and is_unwritten(read_card(path))):
             _place(path, folder / name)
     return Staged(folder, tuple(left_out))
 

@@ -15,6 +15,7 @@ from hub_cards.facts import read_facts
 from hub_cards.fingerprints import read_header
 from hub_cards.paths import is_repo_id
 from hub_cards.publishing.staging import ADAPTER, INDEX
+from hub_cards.pulling.refusals import leads_elsewhere
 
 _FRONT = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
 _FENCED = re.compile(r"^ {0,3}(`{3,}|~{3,}).*?^ {0,3}\1[`~]*\s*$", re.DOTALL | re.MULTILINE)
@@ -135,6 +136,11 @@ def _check_json(name: str, path: Path) -> None:
         raise ValueError(
             f"`{name}` has an `auto_map`: whoever loads the model would run code from the repository, which is not "
             "published. Use a model whose code is part of transformers, and save it again."
+        )
+    if name.endswith("config.json") and (place := leads_elsewhere(found)):
+        raise ValueError(
+            f"`{name}` has `{place}`, which is none of the files that are published, so nobody could load this; "
+            "expected names of files of the run only. Save the model and its tokenizer again, or remove the key."
         )
 
 

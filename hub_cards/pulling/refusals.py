@@ -73,7 +73,7 @@ def refuse_strays(snapshot: Snapshot) -> None:
     if (snapshot.folder / INDEX).is_file():
         shards_of(snapshot)
     for name, config in _configs(snapshot):
-        if place := _leads_elsewhere(config):
+        if place := leads_elsewhere(config):
             raise ValueError(
                 f"`{name}` of {snapshot} has `{place}`: loading it would read files or a repository that do not belong "
                 "to the run and that nobody has checked; expected a run whose files are all its own."
@@ -125,9 +125,15 @@ def _names_code(config: Any) -> str | None:
     return _names_code(list(config.values()))
 
 
-def _leads_elsewhere(config: Any) -> str | None:
+def leads_elsewhere(config: Any) -> str | None:
+    """Return what a configuration names outside of its own folder, as `key: value`; None if there is nothing.
+
+    Example:
+        >>> leads_elsewhere({"tokenizer_class": "BertTokenizer", "vocab_file": ".env"})
+        'vocab_file: .env'
+    """
     if isinstance(config, list):
-        return next((place for item in config if (place := _leads_elsewhere(item))), None)
+        return next((place for item in config if (place := leads_elsewhere(item))), None)
     if not isinstance(config, dict):
         return None
     if config.get("peft_type") == "XLORA":
@@ -135,7 +141,7 @@ def _leads_elsewhere(config: Any) -> str | None:
     for key, value in config.items():
         if key in _ELSEWHERE and value and value != "mirror":  # SHADOW's word for the base itself
             return f"{key}: {value}"
-    return _leads_elsewhere(list(config.values()))
+    return leads_elsewhere(list(config.values()))
 
 
 def _configs(snapshot: Snapshot) -> Iterator[tuple[str, Any]]:

@@ -35,6 +35,7 @@ from hub_cards.pulling.refusals import (
     refuse_strays,
     shards_of,
 )
+from hub_cards.tokens import check_token
 
 CARD = "README.md"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -45,9 +46,10 @@ def resolve(repo_id: str, revision: str | None, token: str | None) -> str:
 
     Raises:
         PermissionError: the repository does not exist for this token.
-        ValueError: it has no such revision.
+        ValueError: it has no such revision, or the token cannot be one.
         ConnectionError: the Hub cannot be reached, and the cache does not know.
     """
+    check_token(token)
     try:
         return resolve_revision(repo_id, revision=revision, token=token).resolved
     except (RevisionResolutionError, httpx.HTTPError) as error:

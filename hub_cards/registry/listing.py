@@ -21,6 +21,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 from hub_cards.markdown import Markdown, cell, escape, number, size
 from hub_cards.paths import is_repo_id
 from hub_cards.pulling.snapshots import fetch
+from hub_cards.tokens import check_token
 
 NOT_STATED = "not stated"
 CONFIG = "adapter_config.json"
@@ -101,6 +102,7 @@ def list_adapters(
         )
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, expected a positive number; leave it out for all adapters.")
+    check_token(token)
     api = HfApi(token=token)
     try:
         # Not `cardData`: one repository's card with hostile keys would break the client's list of all.

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-from hub_cards import PublishError, publish, pull, read_facts, render
+from hub_cards import PublishError, list_adapters, publish, pull, read_facts, render
 from hub_cards.__main__ import main
 from hub_cards.licences import LicenceError
 from tests.hub_cards import runs, trained
@@ -175,6 +176,41 @@ def test_a_parameter_called_token_is_no_secret(full: Run, hub: HubServer) -> Non
     assert go(full).commit
     trained.change(full.folder / "recipe.json", notes={"cls_token": "125d0c0f9a8b7c6e"})
     with pytest.raises(ValueError, match=r"recipe.json:\d+: value of a secret"):
+        go(full)
+
+
+@pytest.mark.parametrize("token", ["hf_aBcD1eFg\n", " hf_aBcD1eFg", "hf_aBcD1eFgä", "hf_aBcD 1eFg", "", "\n"])
+def test_a_token_that_cannot_be_one_is_told_and_not_shown(full: Run, hub: HubServer, token: str) -> None:
+    for call in (
+        lambda: go(full, token=token),
+        lambda: pull(RUN, token=token),
+        lambda: list_adapters(BASE, token=token),
+    ):
+        with pytest.raises(ValueError, match=r"^the token (is empty|begins or ends|has a character)") as caught:
+            call()
+        assert "aBcD" not in "".join(traceback.format_exception_only(caught.value))
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("where", ["here", "on the Hub"])
+def test_a_card_that_is_no_utf8(full: Run, hub: HubServer, where: str) -> None:
+    trained.seed_base(hub, full)
+    if where == "here":
+        (full.folder / "README.md").write_bytes(b"caf\xe9\n")
+    else:
+        hub.seed(RUN, {"README.md": b"caf\xe9\n"}, user="alice")
+    with pytest.raises(ValueError, match=r"README.md` is no UTF-8 \(.* at byte 3\), so what is your own"):
+        go(full, private=where == "here")
+
+
+def test_a_recipe_of_brackets_on_the_hub_is_replaced(full: Run, hub: HubServer) -> None:
+    hub.seed(RUN, {"recipe.json": b"[" * 100_000}, user="alice")
+    assert go(full, private=False).changed
+
+
+def test_what_could_not_be_pulled_is_not_published(full: Run, hub: HubServer) -> None:
+    trained.change(full.folder / "tokenizer_config.json", vocab_file="vocab.txt")
+    with pytest.raises(ValueError, match=r"`tokenizer_config.json` has `vocab_file: vocab.txt`, which is none of the"):
         go(full)
 
 
