@@ -1,6 +1,7 @@
 """The command line: `python -m hub_cards card | publish | pull | adapters`."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 
@@ -9,6 +10,9 @@ from hub_cards.facts import read_facts
 from hub_cards.publishing.publish import publish
 from hub_cards.pulling.commands import add_pull
 from hub_cards.registry import listing
+
+
+_ORDERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # control characters, directions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,11 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_adapters(commands)
     options = parser.parse_args(arguments)
     try:
-        print(options.run(options))  # noqa: T201
+        print(_shown(options.run(options)))  # noqa: T201
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)  # noqa: T201
+        print(_shown(f"{parser.prog}: error: {error}"), file=sys.stderr)  # noqa: T201
         return 1
     return 0
+
+
+def _shown(value: object) -> str:
+    """Return a text without what a terminal would obey: label names and names of files can be somebody else's."""
+    return _ORDERS.sub("\ufffd", str(value))
 
 
 def _add_card(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

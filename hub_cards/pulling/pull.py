@@ -93,6 +93,7 @@ def pull(
     """
     run = find_run(repo_id, revision, token)
     facts = read_facts(run.folder)
+    refuse_strays(run, adapter=facts.is_adapter)
     labels = class_names(facts)
     model: nn.Module
     loaded: PreTrainedModel
@@ -120,9 +121,7 @@ def find_run(repo_id: str | Path, revision: str | None, token: str | None) -> Sn
     if Path(repo_id).is_dir():
         if revision is not None:
             raise ValueError(f"`{repo_id}` is a local folder and has no revision `{revision}`; leave revision= out.")
-        run = local_snapshot(Path(repo_id))
-        refuse_strays(run)
-        return run
+        return local_snapshot(Path(repo_id))
     if not is_repo_id(str(repo_id)):
         raise FileNotFoundError(f"`{repo_id}` is no folder here, and cannot be a repository; expected `owner/name`.")
     return fetch_run(str(repo_id), revision, token)

@@ -63,8 +63,12 @@ def refuse_code(snapshot: Snapshot) -> None:
             )
 
 
-def refuse_strays(snapshot: Snapshot) -> None:
+def refuse_strays(snapshot: Snapshot, *, adapter: bool) -> None:
     """Raise if a file of a run makes transformers or PEFT read something that is none of the run's own files.
+
+    Args:
+        snapshot: the run's files.
+        adapter: whether the run is of an adapter; a whole model has no configuration of one.
 
     Raises:
         ValueError: the index of the weights, or a configuration, names a file elsewhere or another repository.
@@ -72,6 +76,11 @@ def refuse_strays(snapshot: Snapshot) -> None:
     """
     if (snapshot.folder / INDEX).is_file():
         shards_of(snapshot)
+    if (snapshot.folder / "adapter_config.json").is_file() and not adapter:
+        raise ValueError(
+            f"{snapshot} holds an `adapter_config.json`, but its run is of a whole model: transformers would change it "
+            "by that adapter, or load the adapter's base instead. Remove the file, or choose another revision."
+        )
     for name, config in _configs(snapshot):
         if place := leads_elsewhere(config):
             raise ValueError(

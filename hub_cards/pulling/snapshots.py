@@ -32,7 +32,6 @@ from hub_cards.pulling.refusals import (
     read_json,
     refuse_code,
     refuse_pickles,
-    refuse_strays,
     shards_of,
 )
 from hub_cards.tokens import check_token
@@ -128,7 +127,6 @@ def fetch_run(repo_id: str, revision: str | None, token: str | None) -> Snapshot
             )
     fetch(repo_id, sha, CARD, token, optional=True)
     refuse_code(snapshot)
-    refuse_strays(snapshot)
     return snapshot
 
 

@@ -575,6 +575,14 @@ def test_nothing_outside_of_the_run_is_read(
     assert not any("a/b" in request.path for request in hub.requests)
 
 
+def test_a_whole_model_is_not_changed_by_an_adapter_beside_it(hub: HubServer, tmp_path: Path) -> None:
+    made = pullable.on_hub(hub, "bert-full")
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(made.run.base), "r": 2}
+    seed_changed(hub, "adapter_config.json", **config)
+    with pytest.raises(ValueError, match=r"`acme/run` .* holds an `adapter_config.json`, but its run is of a whole"):
+        pull(made.repo_id)
+
+
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from hub_cards.__main__ import main
 from hub_cards.pulling.commands import add_pull
 from hub_cards.pulling.pull import pull
 from tests.hub_cards import pullable
@@ -77,3 +78,12 @@ print(torch.equal(found, expected["logits"]))
     assert "Loading weights" not in done.stderr
     done = pulled(HF_ENDPOINT="http://127.0.0.1:1", HF_HUB_OFFLINE="0")
     assert done.stdout == "True\n", done.stderr
+
+
+def test_a_terminal_obeys_no_label(hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    pullable.on_hub(hub, "bert-lora")
+    recipe = json.loads(hub.files("acme/run")["recipe.json"])
+    recipe["model"]["id2label"]["0"] = "\x1b[2J\u202e🙂\u200d\xa0bad"
+    hub.seed("acme/run", {"recipe.json": json.dumps(recipe)}, user="alice")
+    assert main(["pull", "acme/run"]) == 0
+    assert "labels     \ufffd[2J\ufffd🙂\u200d\xa0bad, fair, good" in capsys.readouterr().out
