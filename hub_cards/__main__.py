@@ -11,7 +11,6 @@ from hub_cards.publishing.publish import publish
 from hub_cards.pulling.commands import add_pull
 from hub_cards.registry import listing
 
-
 _ORDERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # control characters, directions
 
 
