@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -26,6 +27,7 @@ from hub_cards.publishing.staging import ADAPTER, MODEL, is_allowed
 CARD = "README.md"
 _GIT = ".gitattributes"  # which the Hub itself puts into every repository
 _FAILURES = (HfHubHTTPError, httpx.HTTPError, LocalTokenNotFoundError, ConnectionError)
+_OTHER_FORMATS = ("pytorch_model*.bin", "adapter_model.bin", "tf_model.h5", "flax_model.msgpack")  # of one's weights
 _MODEL_FILES = {*ADAPTER, *MODEL} - {"generation_config.json"}
 
 
@@ -68,7 +70,9 @@ class Remote:
     def strangers(self, files: Mapping[str, Path]) -> tuple[str, ...]:
         """Return weights and configurations of another model, which would be loaded beside or instead of ours."""
         left = set(self.hashes) - set(files) - set(self.stale(files))
-        return tuple(sorted(name for name in left if is_allowed(name) and _is_model_file(name)))
+        return tuple(
+            sorted(name for name in left if _is_other_format(name) or (is_allowed(name) and _is_model_file(name)))
+        )
 
     def _is_same(self, name: str, path: Path) -> bool:
         there = self.hashes.get(name)
@@ -265,6 +269,10 @@ def _ours(recipe: bytes | None) -> frozenset[str]:
 
 def _is_model_file(name: str) -> bool:
     return name in _MODEL_FILES or name.endswith(".safetensors")
+
+
+def _is_other_format(name: str) -> bool:
+    return any(fnmatchcase(name, kind) for kind in _OTHER_FORMATS)
 
 
 def _first(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import traceback
@@ -286,11 +287,12 @@ def test_a_gitignore_in_the_repository_holds_nothing_back(full: Run, hub: HubSer
     assert ours(hub) == {*found.files, ".gitignore"}
 
 
-def test_weights_of_another_model_in_the_repository(full: Run, hub: HubServer) -> None:
-    hub.seed(RUN, {"adapter_config.json": b"{}"}, private=True, user="alice")
-    with pytest.raises(ValueError, match=r"`adapter_config\.json` of another model"):
+@pytest.mark.parametrize("name", ["adapter_config.json", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_weights_of_another_model_in_the_repository(full: Run, hub: HubServer, name: str) -> None:
+    hub.seed(RUN, {name: b"{}", "onnx/model.onnx": b"kept"}, private=True, user="alice")
+    with pytest.raises(ValueError, match=rf"`{re.escape(name)}` of another model"):
         go(full)
-    assert ours(hub) == {"adapter_config.json"}
+    assert ours(hub) == {name, "onnx/model.onnx"}
 
 
 # -- gates ------------------------------------------------------------------------------------------------------------
