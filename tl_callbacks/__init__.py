@@ -14,6 +14,7 @@ from tl_callbacks.loss_scale import ignores_item_count
 from tl_callbacks.names import closest
 from tl_callbacks.preflight import PreflightError
 from tl_callbacks.previewing import preview
+from tl_callbacks.probing import RepresentationProbes, probe_model, rank_models
 from tl_callbacks.recorder import Recorder, add_to_recipe
 from tl_callbacks.strategies import STRATEGIES, Strategy, adapt
 from tl_callbacks.unfreezing import (
@@ -38,6 +39,7 @@ __all__ = [
     "PreflightError",
     "PreflightWarning",
     "Recorder",
+    "RepresentationProbes",
     "Strategy",
     "UnfreezePlan",
     "UnfreezeSchedule",
@@ -55,6 +57,8 @@ __all__ = [
     "layerwise_optimizer",
     "per_epoch",
     "preview",
+    "probe_model",
+    "rank_models",
     "slanted_triangular",
     "staged",
 ]
