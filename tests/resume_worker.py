@@ -19,6 +19,7 @@ from tests import tiny
 from tl_callbacks import (
     GradualUnfreezing,
     LayerGroups,
+    RepresentationProbes,
     UnfreezeSchedule,
     WeightAnchoring,
     at_fractions,
@@ -55,6 +56,11 @@ def anchoring(strength: float, form: Any) -> Callable[[LayerGroups], list[Traine
     return lambda groups: [WeightAnchoring(strength, form=form)]
 
 
+def probes(groups: LayerGroups) -> RepresentationProbes:
+    return RepresentationProbes("eval", groups, reference_set=tiny.texts(20, seed=9))
+
+
+EVALUATION = {"eval_strategy": "steps", "eval_steps": 2}
 OPENINGS = at_steps([4, 5, 9])
 SETTINGS: dict[str, Setting] = {
     "unfreezing": Setting(unfreezing(OPENINGS)),
@@ -75,6 +81,10 @@ SETTINGS: dict[str, Setting] = {
         overrides={"gradient_accumulation_steps": 2, "max_grad_norm": 0.05, "eval_strategy": "steps", "eval_steps": 2},
     ),
     "LoRA": Setting(unfreezing(at_steps([4, 9])), (3, 4, 5, 8, 9, 10), lora=True),
+    "probes": Setting(lambda groups: [*unfreezing(OPENINGS)(groups), probes(groups)], (4, 5, 6), overrides=EVALUATION),
+    "probes, LoRA": Setting(
+        lambda groups: [*unfreezing(at_steps([4, 9]))(groups), probes(groups)], (5, 6), lora=True, overrides=EVALUATION
+    ),
 }
 Regroup = Callable[[LayerGroups], LayerGroups]
 

@@ -14,7 +14,7 @@ MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__
 # Ground, methods, roof: each layer imports what is below it only, and methods not each other.
 GROUND = {"errors", "events", "names", "tables", "groups", "parameters", "frozen", "discovery", "timm_layers"}
 GROUND |= {"callbacks", "checkpoints", "dtensors", "fingerprints", "losses", "sharding"}
-METHODS = {"layerwise", "unfreezing", "anchoring"}
+METHODS = {"layerwise", "unfreezing", "anchoring", "probing"}
 ROOF = {"preflight", "loss_scale", "recorder", "attach", "bundles", "strategies", "previewing", "ranks", "resuming"}
 ROOF |= {"costs", "identity", "invocation"}
 
@@ -96,8 +96,9 @@ def test_public_names() -> None:
     assert tl_callbacks.__all__ == sorted(tl_callbacks.__all__, key=lambda n: (not n.isupper(), n.islower(), n))
     assert set(tl_callbacks.__all__) == {
         "STRATEGIES", "GradualUnfreezing", "LayerGroup", "LayerGroups", "LayerwiseOptimizer", "NoEffectWarning",
-        "PreflightError", "PreflightWarning", "Recorder", "Strategy", "UnfreezePlan", "UnfreezeSchedule",
-        "WeightAnchoring", "adapt",
+        "PreflightError", "PreflightWarning", "Recorder", "RepresentationProbes", "Strategy", "UnfreezePlan",
+        "UnfreezeSchedule",
+        "WeightAnchoring", "adapt", "probe_model", "rank_models",
         "add_to_recipe", "at_fractions", "at_steps", "attach", "closest", "every", "group_layers", "ignores_item_count",
         "last_complete_checkpoint", "layerwise_optimizer", "per_epoch", "preview", "slanted_triangular", "staged",
     }  # fmt: skip

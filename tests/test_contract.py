@@ -13,7 +13,16 @@ from transformers.trainer_callback import ExportableState
 
 import tl_callbacks
 from tests import tiny
-from tl_callbacks import GradualUnfreezing, Recorder, Strategy, WeightAnchoring, at_steps, attach, group_layers
+from tl_callbacks import (
+    GradualUnfreezing,
+    Recorder,
+    RepresentationProbes,
+    Strategy,
+    WeightAnchoring,
+    at_steps,
+    attach,
+    group_layers,
+)
 
 HOOKS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 EXPORTED = {
@@ -24,6 +33,7 @@ EXPORTED = {
 MAKE: dict[str, Any] = {
     "GradualUnfreezing": lambda groups: GradualUnfreezing(groups, at_steps([3, 5, 7, 9])),
     "Recorder": lambda groups: Recorder(groups, {}),
+    "RepresentationProbes": lambda groups: RepresentationProbes("eval", groups, reference_set=tiny.texts(20, seed=9)),
     "Strategy": lambda groups: Strategy("full", {}, "trains everything"),
     "WeightAnchoring": lambda groups: WeightAnchoring(0.05),
 }

@@ -12,6 +12,7 @@ from tests import tiny
 from tl_callbacks import (
     GradualUnfreezing,
     NoEffectWarning,
+    RepresentationProbes,
     WeightAnchoring,
     at_steps,
     attach,
@@ -44,7 +45,13 @@ def train(
         "unfreezing, own rates": [GradualUnfreezing(groups, at_steps([0] * (len(groups) - 1)), rates="own")],
         "decoupled": [WeightAnchoring(0.0)],
         "penalty": [WeightAnchoring(0.0, form="penalty")],
-        "all": [GradualUnfreezing(groups, at_steps([0] * (len(groups) - 1)), rates="own"), WeightAnchoring(0.0)],
+        "probes": [RepresentationProbes("eval", groups, reference_set=tiny.texts(20, seed=9))],
+        "probes, a pass of their own": [RepresentationProbes(tiny.texts(20, seed=8), groups, pooling="last")],
+        "all": [
+            GradualUnfreezing(groups, at_steps([0] * (len(groups) - 1)), rates="own"),
+            WeightAnchoring(0.0),
+            RepresentationProbes("eval", groups),
+        ],
     }.get(neutral or "", [])
     trainer = tiny.trainer(model, args, callbacks=callbacks, **kwargs)
     if neutral is not None:
@@ -55,7 +62,17 @@ def train(
     return tiny.state(model), trainer
 
 
-NEUTRAL = ["attached", "factory", "unfreezing", "unfreezing, own rates", "decoupled", "penalty", "all"]
+NEUTRAL = [
+    "attached",
+    "factory",
+    "unfreezing",
+    "unfreezing, own rates",
+    "decoupled",
+    "penalty",
+    "probes",
+    "probes, a pass of their own",
+    "all",
+]
 
 
 @pytest.mark.parametrize("neutral", NEUTRAL)

@@ -18,9 +18,19 @@ from transformers.utils import logging
 from tests.benchmarks.frozen_prefix import frozen_prefix
 from tests.benchmarks.neighbours.compare import neighbours
 from tests.benchmarks.neutral import neutral
+from tests.benchmarks.probe_fits import probe_fits
+from tests.benchmarks.probes import probes
 from tests.benchmarks.rank_check import rank_check
+from tests.benchmarks.similarity import similarity
 
-TIMED = {"neutral": neutral, "frozen-prefix": frozen_prefix, "rank-check": rank_check}
+TIMED = {
+    "neutral": neutral,
+    "frozen-prefix": frozen_prefix,
+    "rank-check": rank_check,
+    "probe-fits": probe_fits,
+    "probes": probes,
+    "similarity": similarity,
+}
 
 
 def main() -> None:

@@ -1,9 +1,12 @@
 """The arithmetic of the timed benchmarks, and that the one on two ranks runs. No times are asserted."""
 
 import pytest
+import torch
 
 from tests.benchmarks.frozen_prefix import WAYS, compared, frozen_prefix
+from tests.benchmarks.similarity import WIDTHS, loop, similarity
 from tests.benchmarks.timing import interval, mean_and_interval, ratios_in_short
+from tl_callbacks.probing.similarity import cka_matrix
 
 
 def test_the_interval_holds_the_mean_and_shrinks_with_more_values() -> None:
@@ -38,3 +41,18 @@ def test_the_frozen_prefix_is_timed_in_all_ways() -> None:
         assert set(found[clock]["median, in seconds"]) == set(WAYS)
         for way in WAYS[1:]:
             assert found[clock][f"{way}, over {WAYS[0]}"]["geometric mean"] > 0
+
+
+def test_the_loop_over_pairs_of_layers_computes_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.randn(40, width, generator=generator) for width in (3, 50, 7)]
+    assert torch.allclose(loop(layers, layers[:2]).double(), cka_matrix(layers, layers[:2]), atol=1e-4)
+
+
+def test_the_ways_to_compare_all_pairs_of_layers_are_timed() -> None:
+    found = similarity(2)
+    assert set(found) == {f"width {width}" for width in WIDTHS}
+    for ways in found.values():
+        assert len(ways["the loop's time over ours"]) == 5
+        for ratio in ways["the loop's time over ours"].values():
+            assert ratio["geometric mean"] > 0

@@ -130,6 +130,20 @@ def test_the_ranks_equal_one_process_with_the_same_global_batches(name: str, lay
             assert rank["trainable"] == single["trainable"]
 
 
+PROBING = [(name, layout) for name, layout in SEVERAL if "probes" in name and CELLS[name].broken is None]
+
+
+@pytest.mark.parametrize(("name", "layout"), PROBING)
+def test_probes_measure_on_several_ranks_what_they_measure_on_one(name: str, layout: str, runs: Runs) -> None:
+    single = runs.single(CELLS[name].like or name)["measured"]
+    assert [entry["step"] for entry in single] == [0, 4, 4, 8, 8, STEPS, STEPS]
+    assert single[-2]["tl/procrustes/encoder.layer.1"] > 0.001
+    for rank in runs.ranks(name, layout):
+        assert [list(entry) for entry in rank["measured"]] == [list(entry) for entry in single]
+        for entry, expected in zip(rank["measured"], single, strict=True):
+            assert entry == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize(("name", "layout"), [(name, layout) for name in MATRIX for layout in CELLS[name].trained_by])
 def test_every_opened_tensor_moves_far_more_than_the_tolerance(name: str, layout: str, runs: Runs) -> None:
     for rank in runs.ranks(name, layout):

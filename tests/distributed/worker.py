@@ -28,6 +28,7 @@ from tl_callbacks import (
     GradualUnfreezing,
     LayerGroups,
     PreflightWarning,
+    RepresentationProbes,
     WeightAnchoring,
     at_steps,
     attach,
@@ -184,6 +185,12 @@ EVALUATION = {"eval_strategy": "steps", "eval_steps": 1}
 GRADUAL: Callbacks = lambda g, n: [unfreezing(g, n)]  # noqa: E731
 PENALTY: Callbacks = lambda g, n: [WeightAnchoring(STRENGTH["penalty"], form="penalty")]  # noqa: E731
 ALL: Callbacks = lambda g, n: [unfreezing(g, n, rates="own"), *PENALTY(g, n)]  # noqa: E731
+PROBES: Callbacks = lambda g, n: [  # noqa: E731
+    unfreezing(g, n),
+    RepresentationProbes("eval", g, reference_set=tiny.texts(21, seed=9)),
+]
+# 16 rows in batches of 6, so that the last ones are filled up with rows that must not count twice
+PROBED = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 6}
 THREE = tuple(OPENINGS)
 ACCUMULATION = {"gradient_accumulation_steps": 2}
 SGD = {"optim": "sgd", "learning_rate": 0.5}
@@ -233,6 +240,10 @@ CELLS: dict[str, Cell] = {
         SGD,
         like="penalty, SGD",
         broken="single",
+    ),
+    "unfreezing and probes": Cell(PROBES, PROBED, openings=THREE),
+    "unfreezing and probes, another start on each rank": Cell(
+        PROBES, PROBED, openings=THREE, seeded_by_rank=True, like="unfreezing and probes"
     ),
     "unfreezing and decoupled": Cell(
         lambda g, n: [unfreezing(g, n), WeightAnchoring(STRENGTH["decoupled"])], openings=THREE
@@ -290,6 +301,7 @@ MATRIX = (
     "unfreezing, reentrant checkpointing",
     "unfreezing, accumulation",
     "unfreezing, evaluation",
+    "unfreezing and probes",
 )
 CELLS["unfreezing, reentrant checkpointing"] = Cell(GRADUAL, REENTRANT, openings=THREE)
 for _name in MATRIX:
@@ -307,6 +319,14 @@ CELLS["weights read by the first rank"] = Cell(
     openings=THREE,
     seeded_by_rank=True,
     like="unfreezing and decoupled",
+    layouts=("FSDP2",),
+)
+CELLS["probes, weights read by the first rank"] = Cell(
+    PROBES,
+    {**PROBED, "fsdp_config": {**FSDP2, "cpu_ram_efficient_loading": True}},
+    openings=THREE,
+    seeded_by_rank=True,
+    like="unfreezing and probes",
     layouts=("FSDP2",),
 )
 for _name in ("second training", "decoupled", "own rates, layer-wise decay", "all together"):
@@ -412,6 +432,11 @@ def facts(trainer: Trainer, witness: Witness, start: dict[str, torch.Tensor]) ->
         "trainable": witness.trainable,
         "events": events.read(trainer.state.log_history, "opening"),
         "wrapper": type(trainer.model_wrapped).__name__,
+        "measured": [
+            {key: value for key, value in entry.items() if key == "step" or key.startswith("tl/")}
+            for entry in trainer.state.log_history
+            if any(key.startswith("tl/effective_rank") for key in entry)
+        ],
         "reduced": next((c.numels for c in trainer.callback_handler.callbacks if isinstance(c, CommHook)), None),
     }
 
