@@ -9,7 +9,7 @@ from tl_callbacks.checkpoints import last_complete_checkpoint
 from tl_callbacks.discovery import group_layers
 from tl_callbacks.errors import NoEffectWarning, PreflightWarning
 from tl_callbacks.groups import LayerGroup, LayerGroups
-from tl_callbacks.layerwise import LayerwiseOptimizer, layerwise_optimizer
+from tl_callbacks.layerwise import LayerwiseOptimizer, layerwise_optimizer, rates_from_drift
 from tl_callbacks.loss_scale import ignores_item_count
 from tl_callbacks.names import closest
 from tl_callbacks.preflight import PreflightError
@@ -25,6 +25,7 @@ from tl_callbacks.unfreezing import (
     at_steps,
     every,
     per_epoch,
+    schedule_from_probes,
     slanted_triangular,
     staged,
 )
@@ -59,6 +60,8 @@ __all__ = [
     "preview",
     "probe_model",
     "rank_models",
+    "rates_from_drift",
+    "schedule_from_probes",
     "slanted_triangular",
     "staged",
 ]

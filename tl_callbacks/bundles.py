@@ -19,6 +19,7 @@ from tl_callbacks.groups import LayerGroups
 from tl_callbacks.layerwise.factory import NoDecay, layerwise_optimizer
 from tl_callbacks.names import closest
 from tl_callbacks.parameters import is_peft, parameters_by_name
+from tl_callbacks.unfreezing.adaptive import ProbeSchedule, schedule_from_probes
 from tl_callbacks.unfreezing.callback import GradualUnfreezing
 from tl_callbacks.unfreezing.rates import SlantedTriangular, slanted_triangular
 from tl_callbacks.unfreezing.schedule import UnfreezeSchedule, at_fractions, at_steps, every, per_epoch, staged
@@ -103,7 +104,7 @@ def gradual(
     model: nn.Module,
     args: TrainingArguments,
     *,
-    schedule: UnfreezeSchedule | Mapping[str, Any] | None = None,
+    schedule: UnfreezeSchedule | ProbeSchedule | Mapping[str, Any] | None = None,
     decay: float | Mapping[str, float] = 0.9,
     head_factor: float = 1.0,
     rates: str | SlantedTriangular | Mapping[str, Any] = "own",
@@ -128,6 +129,7 @@ def _made(value: Any) -> Any:
         "at_fractions": at_fractions,
         "per_epoch": per_epoch,
         "staged": staged,
+        "schedule_from_probes": schedule_from_probes,
         "slanted_triangular": slanted_triangular,
     }
     if not isinstance(value, Mapping):

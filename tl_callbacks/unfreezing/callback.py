@@ -1,5 +1,6 @@
 """The adapter: decides when groups open during a Trainer's training, on every rank at once."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -9,7 +10,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from tl_callbacks import events
 from tl_callbacks.callbacks import TransferCallback, announce
 from tl_callbacks.discovery.order import watch_order
 from tl_callbacks.dtensors import casts_what_trains, renew_precision, reshard, to_float32
@@ -17,14 +17,14 @@ from tl_callbacks.frozen.eval_mode import keep_in_eval, release
 from tl_callbacks.frozen.state import openable, set_frozen
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.losses import GROUP as LOSS_GROUP
-from tl_callbacks.unfreezing import checks, rate_frozen
+from tl_callbacks.unfreezing import checks, deciding, openings, rate_frozen
+from tl_callbacks.unfreezing.adaptive import History, ProbeSchedule
 from tl_callbacks.unfreezing.cautions import cautions
-from tl_callbacks.unfreezing.plan import Phase, UnfreezePlan, by_tower, make_plan, steps_per_epoch
+from tl_callbacks.unfreezing.gradients import GradientMeter
+from tl_callbacks.unfreezing.plan import Phase, UnfreezePlan, by_tower, make_plan
 from tl_callbacks.unfreezing.rates import Rate, SlantedTriangular, group_rates, replace_rates
 from tl_callbacks.unfreezing.reducer import rebuild_reducer
 from tl_callbacks.unfreezing.schedule import UnfreezeSchedule
-
-EVENT = "opening"
 
 
 class GradualUnfreezing(TransferCallback):
@@ -42,7 +42,7 @@ class GradualUnfreezing(TransferCallback):
         groups: the layer groups, from `group_layers`.
         schedule: when they open: `every`, `at_steps`, `at_fractions`, `per_epoch` or `staged`. It counts levels, so
             parallel towers open side by side; a mapping of tower names (or other patterns of group names) to schedules
-            opens each by its own.
+            opens each by its own. `schedule_from_probes` lets the run's evaluations decide.
         keep_frozen: names or anchored patterns of groups that never open; the schedule counts only the others.
         rates: "shared": all groups follow the Trainer's schedule, so a group that opens late starts at an already
             decayed rate; "own": each group goes through that schedule over its own time, with a warm-up from its
@@ -68,7 +68,7 @@ class GradualUnfreezing(TransferCallback):
     def __init__(
         self,
         groups: LayerGroups,
-        schedule: UnfreezeSchedule | Mapping[str, UnfreezeSchedule],
+        schedule: UnfreezeSchedule | ProbeSchedule | Mapping[str, UnfreezeSchedule],
         *,
         keep_frozen: Sequence[str] = (),
         rates: Literal["shared", "own"] | SlantedTriangular = "shared",
@@ -90,26 +90,32 @@ class GradualUnfreezing(TransferCallback):
         self._recorded: Phase | None = None
         self._shared_rate: Rate | None = None  # the Trainer's own rule, where groups have rules of their own
         self._skipped: int | None = None
+        self._meter: GradientMeter | None = None  # in a step whose gradients are measured
         self._stop_watching: Callable[[], None] = lambda: None
 
     def __repr__(self) -> str:
         kept = f", keep_frozen={self.keep_frozen}" if self.keep_frozen else ""
         return f"GradualUnfreezing({len(self.groups)} groups, {self.schedule!r}{kept}, rates={self.rates!r})"
 
-    def plan(self, max_steps: int, steps_per_epoch: int | None = None) -> UnfreezePlan:
+    def plan(
+        self, max_steps: int, steps_per_epoch: int | None = None, *, history: History = (), step: int = 0
+    ) -> UnfreezePlan:
         """Return the table of openings, without a Trainer.
 
         Args:
             max_steps: optimizer steps of the training.
             steps_per_epoch: optimizer steps of an epoch: batches of an epoch over `gradient_accumulation_steps`,
                 rounded up. Needed by `per_epoch`; otherwise only for the column of epochs.
+            history: `log_history` so far, which decides under `schedule_from_probes`; empty: the latest openings.
+            step: optimizer steps done.
 
         Raises:
             ValueError: the schedule counts epochs and `steps_per_epoch` is None.
         """
         return make_plan(
-            self.groups, self.schedule, self.keep_frozen, max_steps=max_steps, steps_per_epoch=steps_per_epoch
-        )
+            self.groups, self.schedule, self.keep_frozen,
+            max_steps=max_steps, steps_per_epoch=steps_per_epoch, history=history, step=step,
+        )  # fmt: skip
 
     def findings(self, trainer: Trainer) -> list[str]:
         """Return what would go wrong: groups of another model, a second GradualUnfreezing, an unsound scheduler."""
@@ -125,8 +131,7 @@ class GradualUnfreezing(TransferCallback):
             return  # it registers only what requires a gradient when it wraps the model
         if self.trainer is not None and casts_what_trains(self.trainer):
             to_float32(openable(model))
-        opened = [name for event in events.read(state.log_history, EVENT) for name in event["groups"]]
-        self._apply(model, opened or self._open_at_start())
+        self._apply(model, openings.opened(state) or self._open_at_start())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -135,7 +140,7 @@ class GradualUnfreezing(TransferCallback):
         if self.trainer is None:
             self._begin_unattached(kwargs["model"], args)
         self._recorded = None
-        self._plan = self.plan(state.max_steps, steps_per_epoch(kwargs["train_dataloader"], args))
+        self._plan = deciding.plan_now(self, args, state, kwargs["train_dataloader"])
         checks.history(self, self._plan, state)
         checks.effect(self, self._plan, state)
         announce(f"{self!r}\n{self._plan}{rate_frozen.note(self.trainer)}", state)
@@ -147,16 +152,25 @@ class GradualUnfreezing(TransferCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open what is due, rebuild DDP's reducer, and record the opening if it is not recorded yet."""
-        assert self._plan is not None
-        phase = self._plan.at(state.global_step)
+        phase = self._decide(args, state, kwargs["train_dataloader"]).at(state.global_step)
         if phase.open != self._applied:
             self._apply(kwargs["model"], phase.open)
             self._reduce_anew(kwargs["model"])
         self._follow_skipped_steps(args, state, **kwargs)
-        if phase is not self._recorded:
-            self._record(kwargs["model"], phase, state)
-            self._recorded = phase
+        self._record(kwargs["model"], phase, state)
         rate_frozen.hold(self.trainer, phase, kwargs["optimizer"], kwargs["lr_scheduler"], step=state.global_step)
+        self._measure(kwargs["model"], phase, state)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log the relative gradient norms of a step that measures them, and freeze as before."""
+        if self._meter is not None:
+            assert self._applied is not None
+            norms = deciding.relative_norms(self, self._meter, self._applied, kwargs["optimizer"])
+            self._stop_measuring()
+            if all(math.isfinite(norm) for norm in norms.values()):
+                self.log(norms, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -167,6 +181,7 @@ class GradualUnfreezing(TransferCallback):
     def restore(self, model: nn.Module) -> None:
         """Open everything this package froze and remove the hook. Safe to call twice."""
         self._stop_watching()
+        self._stop_measuring()
         reshard(model)
         release(model)
         set_frozen(model, frozenset())
@@ -218,24 +233,28 @@ class GradualUnfreezing(TransferCallback):
             if isinstance(wrapper, DistributedDataParallel):
                 rebuild_reducer(wrapper)
 
+    def _decide(self, args: TrainingArguments, state: TrainerState, dataloader: Any) -> UnfreezePlan:
+        assert self._plan is not None
+        if deciding.anything_new(self, self._plan, state):
+            self._plan = deciding.plan_now(self, args, state, dataloader)
+            self._skipped = None  # the rates of a group begin at its opening
+        return self._plan
+
+    def _measure(self, model: nn.Module, phase: Phase, state: TrainerState) -> None:
+        assert self._plan is not None
+        if state.global_step in self._plan.measured:
+            self._meter = deciding.meter(self, model, phase.open)
+
+    def _stop_measuring(self) -> None:
+        if self._meter is not None:
+            self._meter.remove()
+            self._meter = None
+
     def _record(self, model: nn.Module, phase: Phase, state: TrainerState) -> None:
-        recorded = events.read(state.log_history, EVENT)
-        before = {name for event in recorded for name in event["groups"]}
-        if set(phase.open) != before or phase.factor != recorded[-1]["factor"]:
-            trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            events.emit(
-                state.log_history,
-                EVENT,
-                step=state.global_step,
-                groups=[name for name in phase.open if name not in before],
-                trainable_parameters=trainable,
-                factor=phase.factor,
-                max_steps=state.max_steps,
-            )
-            # Reporters see what is logged, and of that numbers only.
-            self.log(
-                {"tl/unfreezing/open_groups": len(phase.open), "tl/unfreezing/trainable_parameters": trainable}, state
-            )
+        if phase is self._recorded:
+            return
+        self._recorded = phase
+        openings.record(self, model, phase, state)
 
     def _set_rates(
         self,

@@ -7,6 +7,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from tl_callbacks.parameters import parameters_by_name
 from tl_callbacks.unfreezing.checks import NON_REENTRANT, never_opens, reentrant, unplannable
+from tl_callbacks.unfreezing.evaluations import evaluation_interval, to_know
 from tl_callbacks.unfreezing.plan import UnfreezePlan, training_lengths
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def cautions(callback: "GradualUnfreezing", trainer: Trainer) -> list[str]:
             f"torch_compile=True compiles once more at each of the {len(plan.phases) - 1} transitions, which can take "
             "longer than the steps that freezing saves. Open more groups at once, or leave torch_compile out."
         )
+    found += to_know(callback, plan, trainer)
     found += [
         text
         for other in trainer.callback_handler.callbacks
@@ -64,9 +66,7 @@ def _early_stop(
     stopping: EarlyStoppingCallback, plan: UnfreezePlan, args: TrainingArguments, max_steps: int, epoch: int | None
 ) -> str | None:
     """Return a text if early stopping can fire before the last opening, None if it cannot."""
-    last, every = plan.phases[-1], float(args.eval_steps or 0)
-    by_epoch = str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "epoch"
-    interval = (epoch or 0) if by_epoch else ceil(every * max_steps) if every < 1 else int(every)
+    last, interval = plan.phases[-1], evaluation_interval(args, max_steps, epoch)
     patience = stopping.early_stopping_patience
     earliest = (patience + 1) * interval  # the first evaluation sets the best value
     if not interval or earliest >= last.step:

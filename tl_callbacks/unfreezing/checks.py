@@ -17,6 +17,7 @@ from tl_callbacks.names import normalise
 from tl_callbacks.parameters import is_peft, parameters_by_name
 from tl_callbacks.sharding import sharding
 from tl_callbacks.unfreezing import rate_frozen
+from tl_callbacks.unfreezing.evaluations import undecidable
 from tl_callbacks.unfreezing.plan import UnfreezePlan, training_lengths
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def findings(callback: "GradualUnfreezing", trainer: Trainer) -> list[str]:
             "whatever is left of it. Use a scheduler of the step, such as linear, with GradualUnfreezing."
         )
     found += unplannable(callback, training_lengths(trainer))
+    found += undecidable(callback, trainer)
     if not callback.freezes_nothing():
         found += _frozen_layers(callback, trainer)
     found += rate_frozen.findings(trainer)
@@ -104,6 +106,12 @@ def unplannable(callback: "GradualUnfreezing", lengths: tuple[int, int | None] |
 
 def never_opens(callback: "GradualUnfreezing", plan: UnfreezePlan, max_steps: int) -> str:
     """Return the text that names the groups a plan never opens."""
+    if plan.decided is not None:
+        names = ", ".join(f"`{name}`" for name in plan.never)
+        return (
+            f"{callback!r} may leave {names} frozen: its opening comes within {max_steps} steps only if the metric "
+            "stalls. Lower max_wait, or name it in keep_frozen."
+        )
     return (
         f"{callback!r} never opens {', '.join(f'`{name}`' for name in plan.never)} within {max_steps} steps. Open them "
         "earlier, or name them in keep_frozen if that is meant."

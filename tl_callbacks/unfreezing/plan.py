@@ -8,6 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.tables import table
+from tl_callbacks.unfreezing.adaptive import History, ProbeSchedule
 from tl_callbacks.unfreezing.schedule import UnfreezeSchedule
 
 
@@ -22,6 +23,7 @@ class Phase:
         num_parameters: number of scalars in the open groups.
         factor: ratio of the rates to what they would be.
         epoch: `step` in epochs, None where the length of an epoch is unknown.
+        reason: why the groups open then, where the run's record decides it; JSON values.
 
     Example:
         >>> Phase(0, ("head",), ("head",), 18).step
@@ -34,6 +36,7 @@ class Phase:
     num_parameters: int
     factor: float = 1.0
     epoch: float | None = None
+    reason: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ class UnfreezePlan:
         phases: by ascending step, the first at step 0.
         never: names of the groups that do not open within the training, though not held frozen, bottom to top.
         keep_frozen: names of the groups that are held frozen, bottom to top.
+        decided: optimizer steps done when it was made, where the run's record decides: openings after it are the
+            latest possible, in the order they have if nothing is measured. None: nothing can change it.
+        measured: steps in which the gradients of all groups are measured, as far as decided.
 
     Example:
         >>> plan = UnfreezePlan((Phase(0, ("head",), ("head",), 18),), (), ())
@@ -55,6 +61,8 @@ class UnfreezePlan:
     phases: tuple[Phase, ...]
     never: tuple[str, ...]
     keep_frozen: tuple[str, ...]
+    decided: int | None = None
+    measured: tuple[int, ...] = ()
 
     def __iter__(self) -> Iterator[Phase]:
         return iter(self.phases)
@@ -92,10 +100,12 @@ class UnfreezePlan:
             lines.append(f"held frozen: {', '.join(self.keep_frozen)}")
         if self.never:
             lines.append(f"never opens: {', '.join(self.never)}")
+        if self.decided is not None and any(phase.step > self.decided for phase in self.phases):
+            lines.append(f"decided up to step {self.decided}; openings after it are the latest possible")
         return "\n".join(lines)
 
 
-Schedules = UnfreezeSchedule | Mapping[str, UnfreezeSchedule]
+Schedules = UnfreezeSchedule | ProbeSchedule | Mapping[str, UnfreezeSchedule]
 
 
 def make_plan(
@@ -105,6 +115,8 @@ def make_plan(
     *,
     max_steps: int,
     steps_per_epoch: int | None,
+    history: History = (),
+    step: int = 0,
 ) -> UnfreezePlan:
     """Return the plan of a schedule over groups.
 
@@ -116,16 +128,27 @@ def make_plan(
         keep_frozen: names of groups that never open; the schedule counts only the others.
         max_steps: optimizer steps of the training.
         steps_per_epoch: optimizer steps of an epoch, None if unknown.
+        history: what the run has logged, which decides under a `ProbeSchedule`.
+        step: optimizer steps done.
 
     Raises:
-        ValueError: see `UnfreezeSchedule.in_steps` and `by_tower`.
+        ValueError: see `UnfreezeSchedule.in_steps`, `ProbeSchedule.latest` and `by_tower`.
     """
     may_open = [name for name in groups.names if name not in set(keep_frozen)]
     sizes = {group.name: group.num_parameters for group in groups}
     openings: dict[int, set[str]] = {}
     factors: dict[int, float] = {}
+    reasons: dict[int, Mapping[str, Any]] = {}
+    measured: list[int] = []
     for one, levels in by_tower(groups, schedule, may_open):
         before = 0
+        if isinstance(one, ProbeSchedule):
+            openings[0] = set(levels[0])
+            for opening in one.openings(levels, history=history, step=step, max_steps=max_steps):
+                openings.setdefault(opening.step, set()).update(opening.groups)
+                reasons[opening.step] = opening.reason
+                measured += opening.measured if opening.step < max_steps else ()
+            continue
         for stage in one.in_steps(len(levels), max_steps=max_steps, steps_per_epoch=steps_per_epoch):
             count = stage.groups or 1
             opened = [name for level in levels[before:count] for name in level]
@@ -134,26 +157,28 @@ def make_plan(
             before = count
     phases: list[Phase] = []
     opened_before: set[str] = set()
-    for step in sorted(step for step in openings if step < max_steps):
-        now = opened_before | openings[step]
+    for start in sorted(start for start in openings if start < max_steps):
+        now = opened_before | openings[start]
         phases.append(
             Phase(
-                step=step,
+                step=start,
                 opened=tuple(name for name in may_open if name in now - opened_before),
                 open=tuple(name for name in may_open if name in now),
                 num_parameters=sum(sizes[name] for name in now),
-                factor=factors[step],
-                epoch=step / steps_per_epoch if steps_per_epoch else None,
+                factor=factors.get(start, 1.0),
+                epoch=start / steps_per_epoch if steps_per_epoch else None,
+                reason=reasons.get(start),
             )
         )
         opened_before = now
     never = tuple(name for name in may_open if name not in opened_before)
-    return UnfreezePlan(tuple(phases), never, tuple(keep_frozen))
+    decided = step if isinstance(schedule, ProbeSchedule) else None
+    return UnfreezePlan(tuple(phases), never, tuple(keep_frozen), decided, tuple(measured))
 
 
 def by_tower(
     groups: LayerGroups, schedule: Schedules, may_open: Sequence[str]
-) -> list[tuple[UnfreezeSchedule, list[list[str]]]]:
+) -> list[tuple[UnfreezeSchedule | ProbeSchedule, list[list[str]]]]:
     """Return each schedule with the levels that it opens, top to bottom, as lists of group names.
 
     With one schedule that is all levels. With a mapping of anchored patterns of group or tower names each schedule
@@ -184,12 +209,17 @@ def by_tower(
                 f"{', '.join(groups.towers) or 'none'}. Name the group in one pattern, or in keep_frozen."
             )
     for pattern, one in schedule.items():
+        if not isinstance(one, UnfreezeSchedule):
+            raise ValueError(
+                f"the schedule of `{pattern}` is {one!r}; expected every, at_steps, at_fractions, per_epoch or staged "
+                "for each tower. Give schedule_from_probes alone, for all towers."
+            )
         if any(stage.factor != 1 for stage in one.stages):
             raise ValueError(
                 f"the schedule of `{pattern}`, {one!r}, changes rates by a factor, which holds for all groups at once. "
                 "Leave the factors out, or use one schedule."
             )
-    result = []
+    result: list[tuple[UnfreezeSchedule | ProbeSchedule, list[list[str]]]] = []
     for pattern, one in schedule.items():
         own = [[name for name in level if name in chosen[pattern]] for level in levels[1:]]
         result.append((one, [levels[0], *(level for level in own if level)]))
