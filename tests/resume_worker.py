@@ -20,7 +20,6 @@ from tl_callbacks import (
     GradualUnfreezing,
     LayerGroups,
     RepresentationProbes,
-    UnfreezeSchedule,
     WeightAnchoring,
     at_fractions,
     at_steps,
@@ -28,6 +27,7 @@ from tl_callbacks import (
     group_layers,
     layerwise_optimizer,
     per_epoch,
+    schedule_from_probes,
     slanted_triangular,
     staged,
 )
@@ -48,7 +48,7 @@ class Setting:
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
-def unfreezing(schedule: UnfreezeSchedule, **kwargs: Any) -> Callable[[LayerGroups], list[TrainerCallback]]:
+def unfreezing(schedule: Any, **kwargs: Any) -> Callable[[LayerGroups], list[TrainerCallback]]:
     return lambda groups: [GradualUnfreezing(groups, schedule, **kwargs)]
 
 
@@ -62,6 +62,8 @@ def probes(groups: LayerGroups) -> RepresentationProbes:
 
 EVALUATION = {"eval_strategy": "steps", "eval_steps": 2}
 OPENINGS = at_steps([4, 5, 9])
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
+BY_GRADIENT = schedule_from_probes(threshold=0.5, max_wait=0.9, order="relative_gradient_norm", measured_steps=2)
 SETTINGS: dict[str, Setting] = {
     "unfreezing": Setting(unfreezing(OPENINGS)),
     "own rates": Setting(unfreezing(OPENINGS, rates="own"), overrides={"lr_scheduler_type": "cosine"}),
@@ -69,6 +71,15 @@ SETTINGS: dict[str, Setting] = {
     "staged": Setting(unfreezing(staged([(0, 1), (4, 2, 1 / 3), (9, "all", 0.1)])), (3, 4, 5, 8, 9, 10)),
     "per epoch": Setting(unfreezing(per_epoch()), (2, 3, 4, 5, 6, 7, 8, 9, 10)),
     "fractions": Setting(unfreezing(at_fractions([0.3, 0.4, 0.75]))),
+    # Evaluations open groups at 3, 5 and 7; or, by the gradients of steps 2 and 3, 5 and 6, at 4, 7 and 8.
+    "plateau": Setting(
+        unfreezing(schedule_from_probes(patience=2, threshold=0.5, max_wait=0.9), rates="own"),
+        (2, 3, 4, 5, 6, 7, 8),
+        overrides=EVALUATED,
+    ),
+    "relative gradient norm": Setting(
+        unfreezing(BY_GRADIENT, rates=slanted_triangular()), (1, 2, 3, 4, 5, 6, 7, 8, 9), overrides=EVALUATED
+    ),
     "keep frozen": Setting(unfreezing(at_steps([4, 5]), keep_frozen=["embeddings"]), (3, 4, 5, 6)),
     "decoupled": Setting(anchoring(0.05, "decoupled"), (1, 6, 11)),
     "penalty": Setting(anchoring(0.5, "penalty"), (1, 6, 11)),

@@ -100,7 +100,8 @@ def test_public_names() -> None:
         "UnfreezeSchedule",
         "WeightAnchoring", "adapt", "probe_model", "rank_models",
         "add_to_recipe", "at_fractions", "at_steps", "attach", "closest", "every", "group_layers", "ignores_item_count",
-        "last_complete_checkpoint", "layerwise_optimizer", "per_epoch", "preview", "slanted_triangular", "staged",
+        "last_complete_checkpoint", "layerwise_optimizer", "per_epoch", "preview", "rates_from_drift",
+        "schedule_from_probes", "slanted_triangular", "staged",
     }  # fmt: skip
 
 

@@ -35,11 +35,13 @@ from tl_callbacks import (
     events,
     group_layers,
     layerwise_optimizer,
+    schedule_from_probes,
     slanted_triangular,
 )
 from tl_callbacks.dtensors import local, reshard, whole
 from tl_callbacks.parameters import parameters_by_name
 from tl_callbacks.unfreezing import callback
+from tl_callbacks.unfreezing.adaptive import gradient_norms
 from tl_callbacks.unfreezing.reducer import rebuild_reducer
 
 LAYOUTS = {"1 rank": 1, "2 ranks": 2, "4 ranks": 4, "FSDP2": 2, "HSDP": 4}
@@ -291,6 +293,35 @@ CELLS: dict[str, Cell] = {
 }
 
 
+class Apart(TrainerCallback):
+    """Logs at each evaluation what improves on the first rank and stands still on the others."""
+
+    def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        value = 2.0**state.global_step if args.process_index == 0 else 1.0
+        state.log_history.append({"tl/apart/first": value, "step": state.global_step})
+
+
+def probes(groups: LayerGroups, metric: str = "eval_loss", **kwargs: Any) -> GradualUnfreezing:
+    return GradualUnfreezing(groups, schedule_from_probes(metric, threshold=0.5, max_wait=3, **kwargs))
+
+
+# Decided by plateaus at 3 and 9 and at the latest at 6, after the gradients of step 5; and by the first rank's record.
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 3}
+RGN: Callbacks = lambda g, n: [probes(g, order="relative_gradient_norm")]  # noqa: E731
+CELLS["probes, relative gradient norm"] = Cell(
+    RGN, EVALUATED, openings=THREE, layouts=("1 rank", "2 ranks", "FSDP2", "HSDP")
+)
+CELLS["probes, relative gradient norm, accumulation"] = Cell(
+    RGN, {**EVALUATED, **ACCUMULATION}, openings=THREE, like="probes, relative gradient norm, double batch"
+)
+CELLS["probes, relative gradient norm, double batch"] = Cell(RGN, EVALUATED, openings=THREE, batch=16)
+CELLS["probes that differ by rank"] = Cell(
+    lambda g, n: [probes(g, "tl/apart/first", greater_is_better=True), Apart()],
+    {"eval_strategy": "steps", "eval_steps": 1},
+    openings=THREE,
+)
+
+
 # The parity matrix of the method card: every layout trains each of these, and each has its remedy switched off once.
 MATRIX = (
     "unfreezing",
@@ -431,6 +462,7 @@ def facts(trainer: Trainer, witness: Witness, start: dict[str, torch.Tensor]) ->
         "begins": witness.begins,
         "trainable": witness.trainable,
         "events": events.read(trainer.state.log_history, "opening"),
+        "gradient_norms": gradient_norms(trainer.state.log_history),
         "wrapper": type(trainer.model_wrapped).__name__,
         "measured": [
             {key: value for key, value in entry.items() if key == "step" or key.startswith("tl/")}
