@@ -5,7 +5,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all check parity bench bench-neighbours survey soak gallery wheel clean
+.PHONY: demo test test-all check parity bench bench-adaptive bench-neighbours survey soak gallery wheel clean
 
 demo: .venv/demo.done
 	$(BIN)/python recipes/compare.py --output_dir runs/demo $(if $(QUICK),--num_seeds 1 --label_counts 50,)
@@ -28,6 +28,9 @@ parity: .venv/dev.done
 
 bench: .venv/dev.done
 	$(BIN)/python -m tests.benchmarks
+
+bench-adaptive: .venv/demo.done .venv/dev.done
+	$(BIN)/python -m tests.benchmarks.adaptive
 
 bench-neighbours: .venv/neighbours.done
 	$(BIN)/python -m tests.benchmarks.neighbours
