@@ -99,7 +99,8 @@ def find_secrets(text: str) -> Iterator[Hit]:
         for at in sorted(starts_of(text, needles)):
             if at < done:
                 continue
-            match = pattern.search(text, max(done, at - 200), at + 24_000)
+            reach = 24_000 if kind == "private key" else 800
+            match = pattern.search(text, max(done, at - 200), at + reach)
             if match is None or not match.start() - 200 <= at <= match.end():
                 continue
             done = match.end()
