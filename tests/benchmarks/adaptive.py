@@ -1,11 +1,11 @@
 """Schedules and rates that probes decide beside fixed ones: accuracy, CPU-seconds and openings over five seeds.
 
-    python -m tests.benchmarks.adaptive [--seeds 5] [schedules | rates]
+    python -m tests.benchmarks.adaptive [--seeds 5] [--max-wait 0.5] [schedules | rates]
 
 Nine-way text classification of docstrings with all-MiniLM-L6-v2, 200 labelled texts, as `make demo` has it: its rates,
 batch and number of steps (chosen there for the fixed schedule, seed 0). What decides is the loss on 180 further
-labelled texts of the training pool, every 4 steps. Nothing was chosen on the test texts; `patience`, `threshold` and
-`max_wait` are the defaults. Prints JSON.
+labelled texts of the training pool, every 4 steps. Nothing was chosen on the test texts; `patience` and
+`threshold` are the defaults. Prints JSON.
 """
 
 import os
@@ -62,11 +62,11 @@ BASELINES = {PROBES: FIXED, RGN: FIXED, FOLLOW: DECAY, HOLD: DECAY}
 WAYS = {"schedules": (FIXED, PROBES, RGN), "rates": (DECAY, FOLLOW, HOLD)}
 
 
-def adaptive(ways: tuple[str, ...], seeds: int) -> dict[str, Any]:
+def adaptive(ways: tuple[str, ...], seeds: int, max_wait: float) -> dict[str, Any]:
     """Train each way with each seed and return the means, their spread and the paired differences."""
     folder = Path(tempfile.mkdtemp())
     load_docstrings(test_per_class=54).save_to_disk(folder / "data")
-    jobs = [(way, seed, str(folder)) for seed in range(seeds) for way in ways]
+    jobs = [(way, seed, str(folder), max_wait) for seed in range(seeds) for way in ways]
     runs = {}
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         for job, facts in zip(jobs, pool.map(_run, jobs), strict=True):
@@ -84,11 +84,11 @@ def adaptive(ways: tuple[str, ...], seeds: int) -> dict[str, Any]:
         if (baseline := BASELINES.get(way)) is not None:
             pairs = [100 * (run["accuracy"] - runs[baseline, seed]["accuracy"]) for seed, run in enumerate(own)]
             found[way]["difference"] = {"to": baseline, "mean, half 95 % interval": _mean_and_interval(pairs)}
-    return {"seeds": seeds, "labels": LABELS, "watched": WATCHED, "steps": STEPS, "ways": found}
+    return {"seeds": seeds, "labels": LABELS, "watched": WATCHED, "steps": STEPS, "max_wait": max_wait, "ways": found}
 
 
-def _run(job: tuple[str, int, str]) -> dict[str, Any]:
-    way, seed, folder = job
+def _run(job: tuple[str, int, str, float]) -> dict[str, Any]:
+    way, seed, folder, max_wait = job
     torch.set_num_threads(1)
     disable_progress_bars()
     logging.disable_progress_bar()
@@ -98,11 +98,13 @@ def _run(job: tuple[str, int, str]) -> dict[str, Any]:
     train, watched = pool.select(range(LABELS)), pool.select(range(LABELS, LABELS + WATCHED))
     own = f"{folder}/{way}-{seed}"
     if way in (FOLLOW, HOLD):  # the earlier run, whose cost is not counted: full fine-tuning at one rate
-        _train("earlier", seed, f"{own}-earlier", train, watched, splits["test"])
-    return _train(way, seed, own, train, watched, splits["test"])
+        _train("earlier", seed, f"{own}-earlier", train, watched, splits["test"], max_wait)
+    return _train(way, seed, own, train, watched, splits["test"], max_wait)
 
 
-def _train(way: str, seed: int, folder: str, train: Dataset, watched: Dataset, test: Dataset) -> dict[str, Any]:
+def _train(
+    way: str, seed: int, folder: str, train: Dataset, watched: Dataset, test: Dataset, max_wait: float
+) -> dict[str, Any]:
     model = packaged_model()
     tokenizer = AutoTokenizer.from_pretrained(model)
 
@@ -142,8 +144,8 @@ def _train(way: str, seed: int, folder: str, train: Dataset, watched: Dataset, t
     below = len(groups) - 1
     schedules: dict[str, Any] = {
         FIXED: at_fractions([round(0.5 * (place + 1) / below, 6) for place in range(below)]),
-        PROBES: schedule_from_probes(),
-        RGN: schedule_from_probes(order="relative_gradient_norm"),
+        PROBES: schedule_from_probes(max_wait=max_wait),
+        RGN: schedule_from_probes(order="relative_gradient_norm", max_wait=max_wait),
     }
     factors = None
     if way in (FOLLOW, HOLD):
@@ -193,6 +195,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=WAYS, help="default: both")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="at least 2")
+    parser.add_argument("--max-wait", type=float, default=0.5, help="of schedule_from_probes, a fraction")
     options = parser.parse_args()
     chosen = WAYS[options.what] if options.what else tuple(way for ways in WAYS.values() for way in ways)
-    print(json.dumps(adaptive(chosen, options.seeds), indent=2))
+    print(json.dumps(adaptive(chosen, options.seeds, options.max_wait), indent=2))
