@@ -13,13 +13,12 @@ from hub_cards import markdown
 from hub_cards.facts import RunFacts
 from hub_cards.metadata import merge_metadata, metadata
 from hub_cards.pictures import FOLDER, pictures, slug
-from hub_cards.sections import DROPPED, OWNED, Section, generated, is_stock, join, keep, split
+from hub_cards.sections import DROPPED, OWNED, Section, front_and_body, generated, is_stock, join, keep, split
 from hub_cards.summary import strength, title, view
 
 CARD = "README.md"
 # Sections that state no facts of the run. What somebody wrote there stays when the facts change.
 PROSE = ("Title", "Uses", "Limits", "Licence", "Citation")
-_FRONT = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\r?\n?", re.DOTALL)
 
 
 class Card:
@@ -122,11 +121,10 @@ class Card:
             existing: the card's text, of this machine or of the Hub. A card that a library made and nobody completed
                 has nothing of one's own.
         """
-        found = _FRONT.match(existing)
-        body = existing[found.end() :] if found else existing
+        front, body = front_and_body(existing)
         if is_stock(body):
             return self
-        self.metadata = merge_metadata(self.metadata, _read_front(found[1]) if found else {})
+        self.metadata = merge_metadata(self.metadata, _read_front(front) if front is not None else {})
         self._sections = keep(self._sections, split(body), prose=PROSE)
         return self
 

@@ -20,6 +20,7 @@ _BLOCK = re.compile(
     r"(?P<text>.*?)\n?<!-- tl:end (?P=name) \((?P=mark)\) -->",
     re.DOTALL,
 )
+_FRONT = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _MARKER = re.compile(r"^<!-- tl:(?:begin|end) .+? \([0-9a-z]+\) -->\n?", re.MULTILINE)
 
 
@@ -78,6 +79,19 @@ def split(body: str) -> list[Section]:
 def join(sections: Sequence[Section]) -> str:
     """Return the card's text."""
     return "\n\n".join(str(section) for section in sections) + "\n"
+
+
+def front_and_body(card: str) -> tuple[str | None, str]:
+    r"""Return the YAML of a card's metadata, without the lines around it, and what follows; None where there is none.
+
+    Example:
+        >>> front_and_body("---\nlicense: mit\n---\n# My model\n")
+        ('license: mit', '# My model\n')
+        >>> front_and_body("# My model")
+        (None, '# My model')
+    """
+    found = _FRONT.match(card)
+    return (found[1], card[found.end() :]) if found else (None, card)
 
 
 def is_stock(body: str) -> bool:

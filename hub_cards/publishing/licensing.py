@@ -1,8 +1,7 @@
 """The licence of a publication: what base and data state on the Hub, held against what the publisher states."""
 
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -11,11 +10,9 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from hub_cards import licences
 from hub_cards.facts import RunFacts
-from hub_cards.licences import Licence
 from hub_cards.publishing.remote import Remote
 from hub_cards.publishing.staging import is_unwritten
-
-_FRONT = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\r?\n?", re.DOTALL)
+from hub_cards.sections import front_and_body
 
 
 def settle_licence(facts: RunFacts, api: HfApi, own: str | None, there: Remote | None) -> RunFacts:
@@ -52,7 +49,7 @@ def settle_licence(facts: RunFacts, api: HfApi, own: str | None, there: Remote |
         adapter=facts.is_adapter,
         link=link,
     )
-    return replace(facts, base=base, data=data, licence=Licence(**asdict(found)))
+    return replace(facts, base=base, data=data, licence=found)
 
 
 def _read(card: CardData | None) -> dict[str, Any]:
@@ -72,11 +69,11 @@ def _stated(card: Mapping[str, object]) -> str | None:
 def _own_licence(there: Remote | None) -> str | None:
     """Return the licence that the repository's card states, unless nobody has stated it."""
     card = there.card if there is not None else None
-    match = _FRONT.match(card or "")
-    if card is None or match is None or is_unwritten(card):
+    front, _ = front_and_body(card or "")
+    if card is None or front is None or is_unwritten(card):
         return None
     try:
-        stated = yaml.safe_load(match[1])
+        stated = yaml.safe_load(front)
     except yaml.YAMLError:
         return None  # `write_card` says what is wrong
     found = _stated(stated) if isinstance(stated, dict) else None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hub_cards.card import read_card
 from hub_cards.facts import RunFacts
-from hub_cards.sections import is_stock
+from hub_cards.sections import front_and_body, is_stock
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 INDEX = "model.safetensors.index.json"
@@ -31,7 +31,6 @@ OWN = ("recipe.json", "trainer_state.json", "training_args.json")  # written ane
 _FOLDERS = ("figures", ".eval_results", "additional_chat_templates")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _LINKED = ".safetensors"
-_FRONT = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\r?\n?", re.DOTALL)
 STAGING = ".publishing-"  # how the names of staging folders begin
 
 
@@ -72,7 +71,7 @@ def is_unwritten(card: str) -> bool:
         >>> is_unwritten("---\nlicense: mit\n---\n# My model\n")
         False
     """
-    return is_stock(_FRONT.sub("", card))
+    return is_stock(front_and_body(card)[1])
 
 
 def stage(run_dir: str | Path, target: str | Path, facts: RunFacts, *, merged: str | Path | None = None) -> Staged:

@@ -15,9 +15,9 @@ from hub_cards.facts import read_facts
 from hub_cards.fingerprints import read_header
 from hub_cards.paths import is_repo_id
 from hub_cards.publishing.staging import ADAPTER, INDEX
-from hub_cards.pulling.refusals import leads_elsewhere
+from hub_cards.pulling.refusals import leads_elsewhere, names_code
+from hub_cards.sections import front_and_body
 
-_FRONT = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
 _FENCED = re.compile(r"^ {0,3}(`{3,}|~{3,}).*?^ {0,3}\1[`~]*\s*$", re.DOTALL | re.MULTILINE)
 _PICTURES = (
     re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)"),
@@ -70,11 +70,11 @@ def check_metadata(card: str) -> None:
     Example:
         >>> check_metadata("---\nlicense: mit\nbase_model: org/name\n---\n")
     """
-    found = _FRONT.match(card)
-    if found is None:
+    front, _ = front_and_body(card)
+    if front is None:
         raise ValueError("README.md has no metadata; expected YAML between two lines of `---` at its beginning.")
     try:
-        data = yaml.safe_load(found[1])
+        data = yaml.safe_load(front)
     except yaml.YAMLError as error:
         raise ValueError(f"the metadata of README.md are no YAML: {error}. Mend what was added by hand.") from None
     if not isinstance(data, dict):
@@ -132,9 +132,9 @@ def _check_json(name: str, path: Path) -> None:
         found = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     except ValueError as error:
         raise ValueError(f"`{name}` is no JSON ({error}); save the model again.") from None
-    if name.endswith("config.json") and _runs_code(found):
+    if name.endswith("config.json") and (place := names_code(found)):
         raise ValueError(
-            f"`{name}` has an `auto_map`: whoever loads the model would run code from the repository, which is not "
+            f"`{name}` has `{place}`: whoever loads the model would run code from the repository, which is not "
             "published. Use a model whose code is part of transformers, and save it again."
         )
     if name.endswith("config.json") and (place := leads_elsewhere(found)):
@@ -142,12 +142,6 @@ def _check_json(name: str, path: Path) -> None:
             f"`{name}` has `{place}`, which is none of the files that are published, so nobody could load this; "
             "expected names of files of the run only. Save the model and its tokenizer again, or remove the key."
         )
-
-
-def _runs_code(value: Any) -> bool:
-    if isinstance(value, dict):
-        return "auto_map" in value or any(_runs_code(item) for item in value.values())
-    return isinstance(value, list) and any(_runs_code(item) for item in value)
 
 
 def check_weights(files: Mapping[str, Path]) -> None:

@@ -56,7 +56,7 @@ def refuse_code(snapshot: Snapshot) -> None:
         OSError: a configuration is no JSON; it is taken out of the cache.
     """
     for name, config in _configs(snapshot):
-        if place := _names_code(config):
+        if place := names_code(config):
             raise ValueError(
                 f"`{name}` of {snapshot} has `{place}`, by which code of a repository would run; expected a class that "
                 "transformers itself has. Code of others is never run."
@@ -121,9 +121,15 @@ def read_json(path: Path) -> Any:
         raise OSError(f"`{path.name}` in `{path.parent}` is no JSON ({error}); call again, or restore it.") from None
 
 
-def _names_code(config: Any) -> str | None:
+def names_code(config: Any) -> str | None:
+    """Return what of a configuration would make a repository's code run, None if there is nothing.
+
+    Example:
+        >>> names_code({"model_type": "bert", "auto_map": {"AutoModel": "modeling.Model"}})
+        'auto_map'
+    """
     if isinstance(config, list):
-        return next((place for item in config if (place := _names_code(item))), None)
+        return next((place for item in config if (place := names_code(item))), None)
     if not isinstance(config, dict):
         return None
     for key, value in config.items():
@@ -131,7 +137,7 @@ def _names_code(config: Any) -> str | None:
             return "auto_map"
         if key.endswith("_implementation") and "/" in str(value):
             return f"{key}: {value}"
-    return _names_code(list(config.values()))
+    return names_code(list(config.values()))
 
 
 def leads_elsewhere(config: Any) -> str | None:

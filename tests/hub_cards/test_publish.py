@@ -26,16 +26,6 @@ from tests.hub_server import HubServer
 from tl_callbacks.fingerprints import fingerprint
 
 
-@pytest.fixture
-def full(tmp_path: Path) -> Run:
-    return trained.train("full").copy(tmp_path / "run")
-
-
-@pytest.fixture
-def lora(tmp_path: Path) -> Run:
-    return trained.train("lora").copy(tmp_path / "run")
-
-
 def ours(hub: HubServer) -> set[str]:
     return set(hub.files(RUN)) - {".gitattributes"}
 

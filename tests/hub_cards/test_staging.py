@@ -40,16 +40,6 @@ LEFT_OUT = """
 """
 
 
-@pytest.fixture
-def full(tmp_path: Path) -> Run:
-    return trained.train("full").copy(tmp_path / "run")
-
-
-@pytest.fixture
-def lora(tmp_path: Path) -> Run:
-    return trained.train("lora").copy(tmp_path / "run")
-
-
 def put(folder: Path, name: str, content: bytes | str = b"x") -> None:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
@@ -191,7 +181,7 @@ def test_shards(full: Run, hub: HubServer) -> None:
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_code_from_the_repository(full: Run, hub: HubServer, name: str) -> None:
     trained.change(full.folder / name, auto_map={"AutoModel": "modeling_x.MyModel"})
-    with pytest.raises(ValueError, match=f"`{name}` has an `auto_map`"):
+    with pytest.raises(ValueError, match=f"`{name}` has `auto_map`"):
         go(full)
     assert writes(hub) == []
 

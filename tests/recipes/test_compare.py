@@ -6,12 +6,15 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+import torch
 from compare import Comparison, main
+from datasets import load_from_disk
+from peft import PeftModel
 from report import ROWS
 from rows import SETTINGS
-from transformers import BertTokenizerFast
+from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
-from hub_cards import publish, pull
+from hub_cards import publish, pull, verify
 from tests import timm_beside, tiny
 from tests.hub_server import HubServer
 from tests.test_attach import SCHEMA
@@ -109,4 +112,14 @@ def test_the_run_of_a_row_is_published_if_transfer_paid(
     assert "Transfer: unknown" in card
     pulled = pull("alice/docstrings", base=tmp_path / "model")
     assert len(pulled.labels) == 9
+    verified = verify(pulled, data=load_from_disk(str(folder / "data"))["test"])
+    assert [check.metric for check in verified.checks] == ["accuracy"]
+    assert verified.checks[0].found is not None
+    assert verified.ok, str(verified)
+    network = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "model", num_labels=9, ignore_mismatched_sizes=True
+    )
+    plain = PeftModel.from_pretrained(network, folder / "lora-20-0").eval()
+    batch = pulled.processor(["a of the b", "return c"], padding=True, return_tensors="pt")
+    assert torch.equal(plain(**batch).logits, pulled.model(**batch).logits)
     assert not (folder / "scratch-20-0" / "model.safetensors").exists()

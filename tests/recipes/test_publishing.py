@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 
 from tests import tiny
 from tests.hub_server import HubServer
+from tests.launching import launch
 from tests.recipes.test_text_classification import CONFIGS, ROOT, WORDS, options, rows, write
 
 TEXTS = ["the red cat runs", "the green dog sleeps now", "a blue bird"]
@@ -149,3 +150,25 @@ def test_a_repository_without_an_owner_is_refused_before_training(tmp_path: Path
     with pytest.raises(ValueError, match="`hub_model_id` is 'run'; --push_to_hub needs owner/name, before training"):
         main(*parse((Recipe, TrainingArguments), arguments))
     assert not (tmp_path / "run" / "recipe.json").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("fault", [False, True])
+def test_two_ranks_publish_once_and_fail_together(hub: HubServer, base: str, tmp_path: Path, fault: bool) -> None:
+    arguments = options(
+        Path("alice/base"), tmp_path, push_to_hub=True, hub_model_id="alice/together", license="mit", strategy="lora"
+    )
+    if fault:
+        hub.forbid_commits()
+    log = tmp_path / "log"
+    environment = hub.environment(tmp_path / "home", token=hub.token("alice"))
+    status = launch("recipes/text_classification.py", *arguments, ranks=2, log=log, environment=environment)
+    if fault:
+        assert status != 0
+        assert "the commit to `alice/together` failed" in log.read_text()
+        assert "the first process failed, so this one stops too" in log.read_text()
+        assert set(hub.files("alice/together")) <= {".gitattributes"}
+        return
+    assert status == 0, log.read_text()
+    assert "adapter_model.safetensors" in hub.files("alice/together")
+    assert len([call for call in hub.requests if call.method == "POST" and "/commit/" in call.path]) == 1
