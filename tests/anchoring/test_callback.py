@@ -20,6 +20,7 @@ from tl_callbacks import (
     group_layers,
     layerwise_optimizer,
 )
+from tl_callbacks.anchoring.forms import Decoupled
 
 STRENGTH = 0.5
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -271,13 +272,14 @@ def test_a_step_that_the_scaler_skips_pulls_nothing() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    anchor._anchored = anchor._pair(model, optimizer)
+    form = Decoupled()
+    form.open(model, optimizer, anchor._pair(model, optimizer))
     before = tiny.state(model)
     optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
-    anchor._pull(optimizer, (), {})
+    form._pull(optimizer, (), {})
     assert not tiny.moved(before, tiny.state(model))
     optimizer.found_inf = torch.tensor(0.0)  # type: ignore[attr-defined]
-    anchor._pull(optimizer, (), {})
+    form._pull(optimizer, (), {})
     assert tiny.moved(before, tiny.state(model))
 
 
@@ -292,10 +294,10 @@ def test_strength_0_says_that_it_does_nothing(form: Any, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: WeightAnchoring(1.0), r"`strength` is 1.0 with form='decoupled'; expected a number in \[0, 1\)"),
+        (lambda: WeightAnchoring(1.0), r"`strength` is 1.0; expected a number in \[0, 1\), the share of the distance"),
         (lambda: WeightAnchoring(-0.1), "`strength` is -0.1"),
         (lambda: WeightAnchoring({"a": 0.1, "b": 2.0}), "`strength` is 2.0"),
-        (lambda: WeightAnchoring(-1.0, form="penalty"), "expected a number in 0 or more"),
+        (lambda: WeightAnchoring(-1.0, form="penalty"), r"expected a number in \[0, infinity\)"),
         (lambda: WeightAnchoring(0.1, form="l2"), "`form` is 'l2'"),  # type: ignore[arg-type]
     ],
 )

@@ -4,31 +4,23 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from tl_callbacks.anchoring.penalties import distance, half_life, penalty_gradient, pull_
+from tl_callbacks.anchoring.forms import FORMS, Anchored
+from tl_callbacks.anchoring.penalties import distance, half_life
 from tl_callbacks.anchoring.reference import broadcast_, given, snapshot
 from tl_callbacks.callbacks import TransferCallback, announce
 from tl_callbacks.discovery import group_layers
-from tl_callbacks.dtensors import local, placed_like, reshard
+from tl_callbacks.dtensors import placed_like, reshard
 from tl_callbacks.errors import NoEffectWarning
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.names import closest
 from tl_callbacks.parameters import parameters_by_name
 from tl_callbacks.sharding import anchoring_findings
-
-
-class _Anchored(NamedTuple):
-    parameter: nn.Parameter
-    reference: Tensor
-    strength: float
-    group: dict[str, Any]
 
 
 class WeightAnchoring(TransferCallback):
@@ -77,14 +69,11 @@ class WeightAnchoring(TransferCallback):
         exclude: Sequence[str] | None = None,
         groups: LayerGroups | None = None,
     ) -> None:
-        if form not in ("decoupled", "penalty"):
-            raise ValueError(f'`form` is {form!r}; expected "decoupled" or "penalty".')
-        upper, span = (
-            (1.0, "[0, 1), the share of the distance removed per step") if form == "decoupled" else (None, "0 or more")
-        )
+        if form not in FORMS:
+            raise ValueError(f"`form` is {form!r}; expected one of {', '.join(FORMS)}.")
+        self._form = FORMS[form]()
         for value in strength.values() if isinstance(strength, Mapping) else (strength,):
-            if value < 0 or (upper is not None and value >= upper):
-                raise ValueError(f"`strength` is {value} with form={form!r}; expected a number in {span}.")
+            self._form.check(value)
         self.strength = strength
         self.form = form
         self.reference = reference
@@ -93,10 +82,6 @@ class WeightAnchoring(TransferCallback):
         self._weights: dict[str, Tensor] | None = None
         self._placed: dict[str, Tensor] = {}  # the same on the parameters' devices, in their dtypes and shards
         self._model: Callable[[], nn.Module | None] = lambda: None
-        self._handles: list[RemovableHandle] = []
-        self._anchored: list[_Anchored] = []
-        self._due = False
-        self._loss_scale = 1.0
 
     def __repr__(self) -> str:
         return f"WeightAnchoring(strength={self.strength!r}, form={self.form!r}, exclude={self.exclude!r})"
@@ -140,11 +125,12 @@ class WeightAnchoring(TransferCallback):
         """Register the hooks that pull, or say that there is nothing to pull."""
         self.restore(kwargs["model"])
         reshard(kwargs["model"])
-        self._anchored = self._pair(kwargs["model"], kwargs["optimizer"])
+        anchored = self._pair(kwargs["model"], kwargs["optimizer"])
         broadcast_(self._placed)
-        if self._anchored:
-            self._register(kwargs["model"], kwargs["optimizer"])
-            announce(self._summary(), state)
+        if anchored:
+            self._form.open(kwargs["model"], kwargs["optimizer"], anchored)
+            count = sum(one.parameter.numel() for one in anchored)
+            announce(f"{self!r} anchors {count:,} parameters{self._form.summary()}", state)
         else:
             message = f"{self!r} anchors nothing. Leave it out, or raise `strength`."
             warnings.warn(message, NoEffectWarning, stacklevel=2)
@@ -152,10 +138,8 @@ class WeightAnchoring(TransferCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note that this step's penalty is due; it enters at the first forward, when all that is due is open."""
-        self._due = True
-        scaler = getattr(kwargs["optimizer"], "scaler", None)
-        self._loss_scale = float(scaler.get_scale()) if scaler is not None and self.form == "penalty" else 1.0
+        """Let the form begin a step."""
+        self._form.begin_step(kwargs["optimizer"], state)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log the distance of each group from the reference, once a step."""
@@ -170,11 +154,7 @@ class WeightAnchoring(TransferCallback):
 
     def restore(self, model: nn.Module) -> None:
         """Remove all hooks. Safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._anchored = []
-        self._due = False
+        self._form.close()
 
     def distances(self, model: nn.Module) -> dict[str, float]:
         """Return each anchored group's Euclidean distance from the reference, bottom to top. Call it on all ranks.
@@ -197,6 +177,7 @@ class WeightAnchoring(TransferCallback):
         """Return strength, form, what is excluded, and the half-life of a distance in steps."""
         strength = dict(self.strength) if isinstance(self.strength, Mapping) else self.strength
         facts = {"strength": strength, "form": self.form, "exclude": self.exclude and list(self.exclude)}
+        facts |= self._form.facts()
         if self.form == "decoupled" and not isinstance(strength, dict) and strength > 0:
             facts["half_life_steps"] = half_life(strength)
         return facts
@@ -227,7 +208,7 @@ class WeightAnchoring(TransferCallback):
         self._weights = snapshot(model, names) if self.reference is None else given(model, names, self.reference)
         self._model = weakref.ref(model)
 
-    def _pair(self, model: nn.Module, optimizer: Optimizer) -> list[_Anchored]:
+    def _pair(self, model: nn.Module, optimizer: Optimizer) -> list[Anchored]:
         if self._weights is None:
             raise RuntimeError(
                 "WeightAnchoring was added after the Trainer was made and has no reference. Pass it as "
@@ -238,54 +219,15 @@ class WeightAnchoring(TransferCallback):
         holder = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self._placed = {name: placed_like(weight, parameters[name]) for name, weight in self._weights.items()}
         return [
-            _Anchored(parameters[name], self._placed[name], strengths[group.name], holder[id(p)])
+            Anchored(parameters[name], self._placed[name], strengths[group.name], holder[id(p)])
             for group in self._groups(model)
             if group.name in strengths
             for name in group.parameters
             if id(p := parameters[name]) in holder
         ]
 
-    def _register(self, model: nn.Module, optimizer: Any) -> None:
-        if self.form == "decoupled":
-            inner = getattr(optimizer, "optimizer", optimizer)
-            self._handles.append(inner.register_step_pre_hook(self._pull))
-        else:
-            self._handles.append(model.register_forward_pre_hook(self._seed))
-
-    @torch.no_grad()
-    def _pull(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and float(found_inf) != 0:
-            return  # fused optimizers run their hooks on steps that the gradient scaler skips
-        for parameter, reference, strength, group in self._anchored:
-            peak = group.get("initial_lr", optimizer.defaults["lr"])
-            if parameter.grad is not None and peak > 0:
-                pull_(local(parameter), local(reference), strength * float(group["lr"]) / peak)
-
-    def _seed(self, root: nn.Module, inputs: Any) -> None:
-        """Start the gradients of this step at the penalty's.
-
-        Backward passes add to them, on all ranks alike, so the penalty counts once a step under accumulation, is
-        averaged to itself by DDP, is clipped with the rest, and reaches a parameter that no backward reaches.
-        """
-        if not self._due or not root.training:
-            return
-        self._due = False
-        for parameter, reference, strength, _ in self._anchored:
-            if parameter.requires_grad:
-                gradient = penalty_gradient(parameter, reference, strength * self._loss_scale)
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-
-    def _summary(self) -> str:
-        count = sum(anchored.parameter.numel() for anchored in self._anchored)
-        text = f"{self!r} anchors {count:,} parameters"
-        strongest = max(anchored.strength for anchored in self._anchored)
-        if self.form == "decoupled":
-            text += f"; at the peak rate it halves a distance in {half_life(strongest):.0f} steps"
-        return text
-
     def _log_distances(self, model: nn.Module, state: TrainerState) -> None:
-        if self._anchored and not any(
+        if self._form.anchored and not any(
             entry.get("step") == state.global_step and any(key.startswith("tl/anchor/") for key in entry)
             for entry in state.log_history[-8:]
         ):
