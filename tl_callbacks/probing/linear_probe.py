@@ -124,7 +124,7 @@ def held_out_ridge(
         >>> held_out_ridge(folds, x, fold)["task"].shape
         torch.Size([40, 2])
     """
-    total = Moments(folds[0].width, folds[0].label_sets)
+    total = folds[0].without_rows()
     for fold in folds:
         total.merge(fold)
     sums = total.centred()

@@ -16,6 +16,7 @@ from tl_callbacks.probing.moments import Moments
 from tl_callbacks.probing.projection import RandomProjection
 from tl_callbacks.probing.scores import classes_of, moments_of_folds, score, shuffled_labels, stratified_folds
 from tl_callbacks.probing.similarity import MIN_ROWS, NOISE, centred, debias, similarity_ratio
+from tl_callbacks.probing.sums import Centred
 from tl_callbacks.probing.transferability import log_me_of
 
 Measures = dict[str, dict[str, float]]  # measure to group to value
@@ -85,10 +86,10 @@ def measure(
     own = {}
     for name in names[rank::ranks]:
         against = None if reference is None else reference.get(name)
-        own[name] = _of_group(features[name], targets, shuffled, log_me, seed)
+        x = _narrow(features[name])
+        own[name], sums = _of_group(x, targets, shuffled, log_me, seed)
         if against is not None:
-            kept = {} if products is None else products
-            own[name] |= _to_reference(_narrow(features[name]), _narrow(against), kept, name)
+            own[name] |= _to_reference(x, sums, _narrow(against), {} if products is None else products, name)
     parts: Sequence[dict[str, Any]] = gather_object([own]) if ranks > 1 else [own]
     merged = {name: values for part in parts for name, values in part.items()}
     found: Measures = {}
@@ -100,10 +101,10 @@ def measure(
 
 
 def _of_group(
-    features: Tensor, targets: tuple[Tensor, Tensor] | None, shuffled: bool, log_me: bool, seed: int
-) -> dict[str, float]:
+    x: Tensor, targets: tuple[Tensor, Tensor] | None, shuffled: bool, log_me: bool, seed: int
+) -> tuple[dict[str, float], Centred]:
+    """Return the measures of a group by itself, and the sums of its rows, without those that are not finite."""
     found: dict[str, float] = {}
-    x = _narrow(features)
     total = None
     if targets is not None and len(targets[0]) > FOLDS:
         labels, rows = targets
@@ -117,26 +118,27 @@ def _of_group(
         found |= {"probe": scores["task"].value, "probe_se": scores["task"].error}
         if shuffled:
             found |= {"probe_shuffled": scores["shuffled"].value, "probe_chance": scores["task"].chance}
-        total = Moments(kept.shape[1], kinds)
+        total = parts[0].without_rows()
         for part in parts:
             total.merge(part)
         if log_me:
             found["log_me"] = log_me_of(total)
         total = total if len(kept) == len(x) else None
     sums = (total or Moments.of(x)).centred()
-    return found | {"effective_rank": effective_rank(sums), "anisotropy": mean_cosine(sums)}
+    return found | {"effective_rank": effective_rank(sums), "anisotropy": mean_cosine(sums)}, sums
 
 
-def _to_reference(x: Tensor, reference: Tensor, products: dict[str, Tensor], name: str) -> dict[str, float]:
+def _to_reference(
+    x: Tensor, sums: Centred, reference: Tensor, products: dict[str, Tensor], name: str
+) -> dict[str, float]:
     """Return debiased CKA and the Procrustes angle, of one product of the two."""
-    rows = len(x)
-    if rows < MIN_ROWS:
+    if sums.n < len(x) or len(x) < MIN_ROWS:
         return {}
     x, y = centred(x), centred(reference)
     cross, of_x, of_y = x.T @ y, x.square().sum(1), y.square().sum(1)
     if name not in products:
         products[name] = _hsic(y.T @ y, of_y, of_y)
-    cka = similarity_ratio(_hsic(cross, of_x, of_y), _hsic(x.T @ x, of_x, of_x), products[name])
+    cka = similarity_ratio(_hsic(cross, of_x, of_y), _hsic(sums.scatter, of_x, of_x), products[name])
     return {"cka": float(cka), "procrustes": procrustes_from(cross, of_x.sum(), of_y.sum(), "angular")}
 
 

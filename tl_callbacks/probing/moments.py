@@ -104,13 +104,20 @@ class Moments:
                 self._flush()
         return self
 
+    def without_rows(self) -> "Moments":
+        """Return moments of no rows about the same pilot: what is added to them later adds up without being moved."""
+        other = Moments(self.width, self.label_sets, device=self._device)
+        self._flush()
+        other._pilots = self._pilots
+        return other
+
     def merge(self, other: "Moments") -> Self:
         """Add the sums of other rows, about whatever pilot they are."""
         return self._add(other, 1)
 
     def minus(self, other: "Moments") -> "Moments":
         """Return the moments without rows that are part of these: those outside a fold."""
-        return Moments(self.width, self.label_sets, device=self._device).merge(self)._add(other, -1)
+        return self.without_rows().merge(self)._add(other, -1)
 
     @property
     def n(self) -> int:
@@ -206,9 +213,9 @@ class Moments:
 
     def _about(self, pilot: Tensor, label_pilot: Tensor) -> "Sums":
         sums = self._flush()
-        return (
-            sums.copy() if self._pilots is None else sums.moved(self._pilots[0] - pilot, self._pilots[1] - label_pilot)
-        )
+        if self._pilots is None or (torch.equal(self._pilots[0], pilot) and torch.equal(self._pilots[1], label_pilot)):
+            return sums.copy()
+        return sums.moved(self._pilots[0] - pilot, self._pilots[1] - label_pilot)
 
     def _add(self, other: "Moments", sign: int) -> Self:
         if (other.width, other.label_sets) != (self.width, self.label_sets):

@@ -139,9 +139,10 @@ def moments_of_folds(
         >>> [part.n for part in parts]
         [1, 2]
     """
-    parts = []
+    parts: list[Moments] = []
     for number in range(folds):
         rows = fold_of_row == number
         chosen = {name: values[rows.to(values.device)] for name, values in labels.items()}
-        parts.append(Moments(features.shape[1], classes).update(features[rows.to(features.device)], chosen))
+        part = parts[0].without_rows() if parts else Moments(features.shape[1], classes)
+        parts.append(part.update(features[rows.to(features.device)], chosen))
     return parts
