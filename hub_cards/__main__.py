@@ -63,6 +63,7 @@ def _add_publish(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     command.add_argument("--base_revision", help="the base's commit, where the run did not record it")
     command.add_argument("--merge", action="store_true", help="publish the adapter merged into its base")
     command.add_argument("--require_positive_transfer", action="store_true", help="refuse a run whose transfer is not")
+    command.add_argument("--min_retention", type=float, help="refuse a run that kept less of what its base could do")
     command.add_argument(
         "--allow", nargs="+", default=[], metavar="TEXT", help="strings that the scan finds and may be public"
     )
@@ -81,6 +82,7 @@ def _publish(options: argparse.Namespace) -> object:
         base_revision=options.base_revision,
         merge=options.merge,
         require_positive_transfer=options.require_positive_transfer,
+        min_retention=options.min_retention,
         allow=tuple(options.allow),
         commit_message=options.commit_message,
     )

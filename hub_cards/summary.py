@@ -42,6 +42,7 @@ def view(facts: RunFacts) -> dict[str, Any]:
         "strategy": facts.methods.get("Strategy"),
         "share": _share(facts),
         "comparison": _comparison(facts),
+        "retention": _retention(facts),
         "measures": {method: _measure(series) for method, series in facts.measures.items()},
         "curve": _curve(facts.curves),
         "command": _command(facts),
@@ -128,6 +129,29 @@ def _comparison(facts: RunFacts) -> dict[str, Any] | None:
     return {**optional, **found, "rows": rows, "unit": unit, "percent": number(100 * found["level"], "g")}
 
 
+def _retention(facts: RunFacts) -> dict[str, Any] | None:
+    """Return what was lost of what the base could do, one row a measure."""
+    found = facts.methods.get("ForgettingMonitor")
+    if found is None:
+        return None
+    rows = [
+        {
+            "name": name,
+            "measures": one["measures"],
+            **{
+                key: number(one[key], ".4g") if one[key] is not None else "–"
+                for key in ("before", "after", "retention")
+            },
+        }
+        for name, one in found["measures"].items()
+    ]
+    least, now = found["min_retention"], found["retention"]
+    verdict = None
+    if least is not None and now is not None:
+        verdict = f"At least {number(least)} was asked for, which the run {'kept' if now >= least else 'did not keep'}."
+    return {"rows": rows, "verdict": verdict}
+
+
 def _measure(series: Mapping[str, Series]) -> list[dict[str, str]]:
     return [
         {"what": what, "first": number(points[0][1]), "last": number(points[-1][1]), "count": f"{len(points):,}"}
@@ -179,7 +203,7 @@ def _missing(facts: RunFacts) -> list[Markdown]:
     named = facts.base.name or facts.base.folder
     checks = {
         "a comparison with training from scratch (whether transfer helped at all)": facts.comparison,
-        "retention of what the base could do before": facts.measures.get("forgetting"),
+        "retention of what the base could do before": facts.methods.get("ForgettingMonitor"),
         "what the layers know and how far they moved (probes, drift)": facts.measures.get("probe"),
         "the commit of the base": not facts.base.name or facts.base.revision,
         "the base's fingerprint": not named or facts.base.digest,

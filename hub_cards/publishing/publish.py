@@ -17,8 +17,8 @@ from huggingface_hub import HfApi
 from hub_cards.card import write_card
 from hub_cards.facts import RECIPE, RunFacts, read_facts
 from hub_cards.metadata import eval_results
-from hub_cards.paths import is_repo_id
 from hub_cards.publishing import bases, remote
+from hub_cards.publishing.gates import check_gates
 from hub_cards.publishing.licensing import settle_licence
 from hub_cards.publishing.own_files import write_manifest, write_own
 from hub_cards.publishing.publication import Publication, compared
@@ -45,6 +45,7 @@ def publish(
     base_revision: str | None = None,
     merge: bool = False,
     require_positive_transfer: bool = False,
+    min_retention: float | None = None,
     allow: tuple[str, ...] = (),
     token: str | None = None,
     commit_message: str | None = None,
@@ -67,6 +68,8 @@ def publish(
         base_revision: the base's commit, where the run did not record it.
         merge: publish the adapter merged into its base, as a whole model.
         require_positive_transfer: refuse unless the run's comparison says that transfer was positive.
+        min_retention: refuse unless what the base could do was retained at least so far, as `ForgettingMonitor`
+            measured it at the end; what the run itself asked for holds in any case.
         allow: strings that the scan would refuse and that may be public.
         token: of the Hub; None: the one that is logged in.
         commit_message: the commit's title.
@@ -95,7 +98,8 @@ def publish(
         license=license,
         base=(base_model, base_revision),
         merge=merge,
-        gated=require_positive_transfer,
+        require_positive_transfer=require_positive_transfer,
+        min_retention=min_retention,
         allow=allow,
         api=HfApi(token=token),
         message=commit_message,
@@ -112,13 +116,17 @@ def _publish(
     license: str | None,
     base: tuple[str | None, str | None],
     merge: bool,
-    gated: bool,
+    require_positive_transfer: bool,
+    min_retention: float | None,
     allow: tuple[str, ...],
     api: HfApi,
     message: str | None,
 ) -> Publication:
     facts = replace(read_facts(run), repo_id=repo_id)
-    _check_gates(run, repo_id, facts, merge=merge, gated=gated)
+    check_gates(
+        run, repo_id, facts, merge=merge, min_retention=min_retention,
+        require_positive_transfer=require_positive_transfer,
+    )  # fmt: skip
     # A hash below a tensor's name that ends in `cls_token` reads like the value of a secret.
     allow += tuple(facts.base.tensors.values())
     arguments = {"repository": repo_id, "message": message, "licence": license, "base": base[0], "revision": base[1]}
@@ -157,26 +165,6 @@ def _publish(
         sha = remote.commit(api, repo_id, made, files, message or f"Publish {facts.repo_id}", hashes)
         remote.verify(api, repo_id, sha, folder)
         return replace(result, commit=sha)
-
-
-def _check_gates(run: Path, repo_id: str, facts: RunFacts, *, merge: bool, gated: bool) -> None:
-    if not is_repo_id(repo_id) or "/" not in repo_id:
-        raise ValueError(f"the repository is {repo_id!r}; expected `owner/name` of letters, digits, `-`, `_` and `.`.")
-    if not facts.finished:
-        raise ValueError(
-            f"the run in `{run}` stopped at step {facts.global_step} of {facts.max_steps}; expected a finished one. "
-            "Resume it (trainer.train(resume_from_checkpoint=True)), save the model, and publish again."
-        )
-    if merge and not facts.is_adapter:
-        raise ValueError(f"merge was asked for, and the run in `{run}` has no adapter to merge. Leave merge out.")
-    if gated:
-        outcome = ((facts.comparison or {}).get("transfer") or {}).get("outcome")
-        if outcome != "positive":
-            raise ValueError(
-                f"transfer is {outcome or 'not measured'}, and only positive transfer was to be published. "
-                + ("Choose another run" if outcome else "Run the comparison with its baselines")
-                + ", or leave require_positive_transfer out."
-            )
 
 
 @contextmanager

@@ -16,7 +16,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import argparse
 import contextlib
 import json
-import math
 import multiprocessing
 import statistics
 import sys
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars, load_from_disk
+from scipy import stats
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -186,9 +186,9 @@ def _mean_and_sd(values: list[float]) -> list[float]:
 
 
 def _mean_and_interval(values: list[float]) -> list[float]:
-    """The mean and half of its 95 % interval by Student's t; 2.776 is the quantile of five values."""
-    quantile = {5: 2.776}.get(len(values), 2.0)
-    return [round(statistics.mean(values), 2), round(quantile * statistics.stdev(values) / math.sqrt(len(values)), 2)]
+    """The mean and half of its 95 % interval by Student's t."""
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return [round(statistics.mean(values), 2), round(float(half), 2)]
 
 
 if __name__ == "__main__":

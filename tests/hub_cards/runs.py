@@ -115,6 +115,16 @@ COMPARISON: dict[str, Any] = {
     "adaptation": {"outcome": "does not pay", "sentence": "More adaptation than the probe: does not pay."},
 }  # fmt: skip
 
+RETENTION: dict[str, Any] = {
+    "min_retention": 0.95,
+    "retention": 0.96,
+    "measures": {
+        "retrieval": {"measures": "recall@1; now / before", "before": 0.5, "after": 0.48, "retention": 0.96},
+        "text": {"measures": "nats a token; exp(before - now)", "before": 3.0, "after": 3.01, "retention": 0.99},
+        "probe": {"measures": "accuracy; now / before", "before": None, "after": None, "retention": None},
+    },
+}
+
 ADAPTERS = {
     "default": {"peft_type": "LORA", "r": 4, "task_type": "SEQ_CLS", "base_model_name_or_path": "jo/small-bert"}
 }

@@ -80,6 +80,18 @@ def test_what_was_not_measured_is_said_to_be_so(tmp_path: Path) -> None:
     assert "None" not in card
 
 
+def test_what_was_kept_of_the_base_is_a_table(tmp_path: Path) -> None:
+    recipe = {**runs.RECIPE, "methods": {**runs.RECIPE["methods"], "ForgettingMonitor": runs.RETENTION}}
+    card = render(read_facts(runs.write(tmp_path, recipe)))
+    assert "| `retrieval` | `recall@1; now / before` | 0.5 | 0.48 | 0.96 |" in card
+    assert "| `probe` | `accuracy; now / before` | – | – | – |" in card
+    assert "At least 0.95 was asked for, which the run kept." in card
+    assert "Not measured or not recorded: retention" not in card
+    lost = {**runs.RETENTION, "retention": 0.9}
+    recipe["methods"] = {**recipe["methods"], "ForgettingMonitor": lost}
+    assert "which the run did not keep." in render(read_facts(runs.write(tmp_path, recipe)))
+
+
 def test_a_comparison_needs_no_more_than_the_schema_asks_for(tmp_path: Path) -> None:
     least = {key: runs.COMPARISON[key] for key in ("row", "n", "seeds", "metric", "split", "level")}
     rows = [{key: row[key] for key in ("row", "label", "value")} for row in runs.COMPARISON["rows"]]

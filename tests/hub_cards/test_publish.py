@@ -326,6 +326,28 @@ def test_transfer_has_to_be_measured_and_positive(full: Run, hub: HubServer) -> 
     assert go(full, require_positive_transfer=True).commit
 
 
+def test_retention_has_to_be_measured_and_enough(full: Run, hub: HubServer) -> None:
+    refused(full, hub, ValueError, "retention was not measured, and at least 0.9 was", min_retention=0.9)
+    refused(full, hub, ValueError, "`min_retention` is 98", min_retention=98)
+    methods = json.loads((full.folder / "recipe.json").read_text())["methods"]
+
+    def measured(**changes: Any) -> None:
+        monitor = {**runs.RETENTION, **changes}
+        trained.change(full.folder / "recipe.json", methods={**methods, "ForgettingMonitor": monitor})
+
+    measured()
+    refused(
+        full, hub, ValueError, r"retention is 0.96 \(`retrieval`\), and at least 0.97 was asked", min_retention=0.97
+    )
+    measured(min_retention=0.98)
+    refused(full, hub, ValueError, "at least 0.98 the run itself asked for", min_retention=0.9)
+    refused(full, hub, ValueError, "at least 0.98 the run itself asked for")
+    measured(retention=None)
+    refused(full, hub, ValueError, "retention was not measured, and at least 0.95 was")
+    measured()
+    assert go(full, min_retention=0.96).commit
+
+
 def test_public_and_private(full: Run, hub: HubServer) -> None:
     hub.seed(RUN, {"notes.txt": b"x"}, user="alice")
     with pytest.raises(ValueError, match=r"is public, and private=True .* Pass private=False"):
@@ -546,6 +568,7 @@ def test_every_option_reaches_publish(lora: Run, hub: HubServer) -> None:
     assert main(["publish", str(lora.folder), RUN, *options]) == 0
     assert "model.safetensors" in hub.files(RUN)
     assert main(["publish", str(lora.folder), "alice/other", "--require_positive_transfer"]) == 1
+    assert main(["publish", str(lora.folder), "alice/other", "--min_retention", "0.9"]) == 1
 
 
 def test_an_organisation_and_a_stranger(full: Run, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
