@@ -13,7 +13,7 @@ MODULES = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__
 
 # Ground, methods, roof: each layer imports what is below it only, and methods not each other.
 GROUND = {"errors", "events", "names", "tables", "groups", "parameters", "frozen", "discovery", "timm_layers"}
-GROUND |= {"callbacks", "checkpoints", "dtensors", "fingerprints", "losses", "sharding"}
+GROUND |= {"callbacks", "checkpoints", "dtensors", "fingerprints", "losses", "reading", "sharding"}
 METHODS = {"layerwise", "unfreezing", "anchoring", "probing"}
 ROOF = {"preflight", "loss_scale", "recorder", "attach", "bundles", "strategies", "previewing", "ranks", "resuming"}
 ROOF |= {"costs", "identity", "invocation"}

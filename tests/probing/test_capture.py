@@ -34,7 +34,7 @@ from transformers import (
 from tests import tiny
 from tl_callbacks import LayerGroup, LayerGroups, group_layers
 from tl_callbacks.probing.capture import Batch, Capture
-from tl_callbacks.probing.pooling import Pooling, pool
+from tl_callbacks.reading.pooling import Pooling, pool
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 SEQ2SEQ: dict[str, Any] = {

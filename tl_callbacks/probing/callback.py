@@ -14,7 +14,7 @@ from tl_callbacks.groups import LayerGroups
 from tl_callbacks.probing.evaluation import around_evaluation, resolved, source_of
 from tl_callbacks.probing.observer import Observer
 from tl_callbacks.probing.passes import Source
-from tl_callbacks.probing.pooling import Pooling
+from tl_callbacks.reading.pooling import Pooling
 from tl_callbacks.sharding import sharding, zero_stage
 
 _EVENT = "probing"

@@ -12,8 +12,8 @@ from tl_callbacks.discovery import group_layers
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.probing.measures import Measures, as_targets, measure
 from tl_callbacks.probing.passes import Source, chosen_places, read_rows
-from tl_callbacks.probing.pooling import Pooling
 from tl_callbacks.probing.reference import random_twin
+from tl_callbacks.reading.pooling import Pooling
 from tl_callbacks.tables import table
 
 

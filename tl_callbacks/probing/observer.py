@@ -20,7 +20,6 @@ from tl_callbacks.probing.capture import Capture
 from tl_callbacks.probing.evaluation import read_in_order, why_not_listen
 from tl_callbacks.probing.measures import Measures, measure
 from tl_callbacks.probing.passes import Listener, Part, Source, read_rows
-from tl_callbacks.probing.pooling import Pooling
 from tl_callbacks.probing.reference import (
     body,
     compact,
@@ -32,6 +31,7 @@ from tl_callbacks.probing.reference import (
     weights_now,
     without_adapters,
 )
+from tl_callbacks.reading.pooling import Pooling
 
 
 class _Hearing(NamedTuple):

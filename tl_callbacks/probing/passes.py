@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from tl_callbacks.fingerprints import base_model
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.probing.capture import Batch, Capture
-from tl_callbacks.probing.pooling import Pooling
-from tl_callbacks.probing.quiet import evaluating, random_states_kept
+from tl_callbacks.reading.pooling import Pooling
+from tl_callbacks.reading.quiet import evaluating, random_states_kept
 
 _LABELS = ("labels", "label", "label_ids")
 

@@ -15,7 +15,7 @@ from tl_callbacks.dtensors import whole
 from tl_callbacks.fingerprints import base_model, tensor_hash
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.parameters import is_peft, parameters_by_name
-from tl_callbacks.probing.quiet import random_states_kept
+from tl_callbacks.reading.quiet import random_states_kept
 
 _LARGE = 256 << 20  # bytes of reference features, above which they are kept in bfloat16
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tl_callbacks.probing.pooling import Pooling, features_in, packed_segments, pool, resized
+from tl_callbacks.reading.pooling import Pooling, features_in, packed_segments, pool, resized
 
 GENERATOR = torch.Generator().manual_seed(0)
 HIDDEN = torch.randn(3, 5, 4, generator=GENERATOR)

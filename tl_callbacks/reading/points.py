@@ -1,10 +1,11 @@
 """Where a model is read: for each layer group the module whose output, or input, is what the group has made of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from tl_callbacks.groups import LayerGroup, LayerGroups
 from tl_callbacks.names import normalise
@@ -73,6 +74,24 @@ def read_points(model: nn.Module, groups: LayerGroups) -> dict[str, ReadPoint]:
         if path is not None:
             found[group.name] = _point(path, paths, takes_input=False, first=False)
     return found
+
+
+def watch(point: ReadPoint, take: Callable[[Any], None]) -> RemovableHandle:
+    """Call `take` with what a read point sees, each time that its module is called.
+
+    Example:
+        >>> module, seen = nn.Identity(), []
+        >>> handle = watch(ReadPoint(module, takes_input=False, first=False, stream="main"), seen.append)
+        >>> module(3) and seen
+        [3]
+    """
+    if not point.takes_input:
+        return point.module.register_forward_hook(lambda module, args, output: take(output))
+
+    def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        take(args if args else kwargs)
+
+    return point.module.register_forward_pre_hook(given, with_kwargs=True)
 
 
 def _point(path: str, paths: Mapping[str, nn.Module], *, takes_input: bool, first: bool) -> ReadPoint:

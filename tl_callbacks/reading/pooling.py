@@ -81,7 +81,7 @@ def pool(
     elif segments is not None:
         return _by_segment(features, segments, pooling) if segments.shape == features.shape[:2] else None
     else:
-        pooled = _over_length(features, _fitting(mask, features, prompted=prompted), pooling)
+        pooled = _over_length(features, fitting(mask, features, prompted=prompted), pooling)
     if pieces > 1:
         apart = pooled.view(rows, pieces, -1)
         pooled = apart.flatten(1) if choices else apart.mean(1)
@@ -131,6 +131,33 @@ def resized(mask: Tensor, length: int) -> Tensor:
     return torch.where(on_right, places < counts, places >= length - counts)
 
 
+def fitting(mask: Tensor | None, features: Tensor, *, prompted: bool) -> Tensor | None:
+    """Return the mask of the places of `features`, (pieces, length), or None where it says nothing of them.
+
+    Args:
+        mask: as `pool` takes it.
+        features: (pieces, length, d).
+        prompted: whether the places that a shorter mask lacks come first and count.
+
+    Example:
+        >>> fitting(torch.tensor([[1, 0]]), torch.zeros(1, 3, 4), prompted=True).tolist()
+        [[True, True, False]]
+    """
+    if mask is None:
+        return None
+    length = features.shape[1]
+    if mask.ndim == 4:  # which places a place sees: whether it sees itself; added to the scores where not boolean
+        seen = mask.diagonal(dim1=-2, dim2=-1)[:, 0] if mask.shape[-1] == mask.shape[-2] else mask[:, 0, -1]
+        mask = seen if seen.dtype == torch.bool else seen == 0
+    mask = mask.reshape(-1, mask.shape[-1]) != 0
+    if mask.shape[0] != features.shape[0]:
+        return None
+    if mask.shape[1] < length:
+        missing = mask.new_full((len(mask), length - mask.shape[1]), prompted)
+        mask = torch.cat([missing, mask] if prompted else [mask, missing], dim=1)
+    return mask if mask.shape[1] == length else None
+
+
 def _is_length_first(features: Tensor, rows: int, mask: Tensor | None) -> bool:
     if features.shape[0] == rows or features.shape[1] != rows:
         return False
@@ -166,20 +193,3 @@ def _by_segment(features: Tensor, segments: Tensor, pooling: Pooling) -> Tensor:
         return flat.new_zeros(count, flat.shape[1]).index_add_(0, of, flat) / lengths[:, None]
     last = lengths.cumsum(0) - 1
     return flat[last if pooling == "last" else last - lengths + 1]
-
-
-def _fitting(mask: Tensor | None, features: Tensor, *, prompted: bool) -> Tensor | None:
-    """Return the mask of the places of `features`, (pieces, length), or None where it says nothing of them."""
-    if mask is None:
-        return None
-    length = features.shape[1]
-    if mask.ndim == 4:  # which places a place sees: whether it sees itself; added to the scores where not boolean
-        seen = mask.diagonal(dim1=-2, dim2=-1)[:, 0] if mask.shape[-1] == mask.shape[-2] else mask[:, 0, -1]
-        mask = seen if seen.dtype == torch.bool else seen == 0
-    mask = mask.reshape(-1, mask.shape[-1]) != 0
-    if mask.shape[0] != features.shape[0]:
-        return None
-    if mask.shape[1] < length:
-        missing = mask.new_full((len(mask), length - mask.shape[1]), prompted)
-        mask = torch.cat([missing, mask] if prompted else [mask, missing], dim=1)
-    return mask if mask.shape[1] == length else None
