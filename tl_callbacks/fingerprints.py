@@ -69,7 +69,7 @@ def fingerprint(model: nn.Module, head: frozenset[str] = frozenset()) -> dict[st
         >>> before["digest"] == after["digest"], before["tensors"]["1.bias"] == after["tensors"]["1.bias"]
         (True, False)
     """
-    if _changes_base(model) or any(getattr(parameter, "ds_numel", 0) for parameter in model.parameters()):
+    if changes_base(model) or any(getattr(parameter, "ds_numel", 0) for parameter in model.parameters()):
         return None
     base = base_model(model)
     tensors = {name: tensor for key, value in base.state_dict().items() for name, tensor in _parts(base, key, value)}
@@ -97,8 +97,15 @@ def base_model(model: nn.Module) -> nn.Module:
     return base
 
 
-def _changes_base(model: nn.Module) -> bool:
-    """Return whether an adapter has rewritten the weights below it when it was made."""
+def changes_base(model: nn.Module) -> bool:
+    """Return whether an adapter has rewritten the weights below it when it was made, as PiSSA does.
+
+    Then the base below the adapters is not the pretrained model; base and adapters together are, or nearly.
+
+    Example:
+        >>> changes_base(nn.Linear(2, 2))
+        False
+    """
     for config in (getattr(model, "peft_config", None) or {}).values():
         way = getattr(config, "init_lora_weights", True)
         if (isinstance(way, str) and way.lower() not in _KEEPS_BASE) or getattr(config, "kasa_config", None):

@@ -128,6 +128,29 @@ def test_the_code_of_labels_without_signal_costs_what_they_cost_without_features
     assert nothing.compression < noisy.compression < told.compression
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+def test_the_code_is_that_of_a_loop_that_sees_no_label_before_it_is_sent(seed: int) -> None:
+    x, labels = digits()
+    x, labels = x[:260], labels[:260] % 3
+    x[7, 3] = torch.nan
+    found = online_code(x, labels, fractions=(0.001, 0.0982, 0.2513, 0.5), seed=seed)
+    kept = torch.arange(260) != 7
+    x, labels = x[kept], labels[kept]
+    assert found.rows == (25, 65, 130), "0.26, 25.4, 65.1 and 129.5 rows, of which there must be one"
+    order = torch.randperm(259, generator=torch.Generator().manual_seed(seed)).tolist()
+    bits = 25 * math.log2(3)
+    for start, stop, mean in zip(found.rows, (65, 130, 259), found.block_bits, strict=True):
+        told = order[:start]
+        probe = fit_calibrated_lda(x[told], labels[told], classes=3, seed=seed)
+        sent = [float(probe.probabilities(x[row : row + 1])[0, labels[row]]) for row in order[start:stop]]
+        costs = [-math.log2((start * p + 1) / (start + 3)) for p in sent]
+        assert mean == pytest.approx(sum(costs) / len(costs))
+        bits += sum(costs)
+    assert found.bits == pytest.approx(bits)
+    assert found.uniform_bits == pytest.approx(259 * math.log2(3))
+    assert found.compression == pytest.approx(found.uniform_bits / bits)
+
+
 def test_the_code_depends_on_the_seed_alone_and_is_bounded() -> None:
     x, labels = digits()
     state = torch.get_rng_state()

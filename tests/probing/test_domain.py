@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from sklearn.covariance import LedoitWolf
 from sklearn.datasets import load_digits
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import balanced_accuracy_score
@@ -69,6 +70,62 @@ def test_the_proxy_a_distance_is_near_that_of_scikit_learns_classifier(name: str
         theirs.append(2 * (1 - 2 * (1 - balanced_accuracy_score(labels, predicted))))
     mine = [proxy_a_distance(x, y, permutations=0, seed=seed).estimate for seed in range(3)]
     assert np.mean(mine) == pytest.approx(np.mean(theirs), abs=0.04)
+
+
+@pytest.mark.parametrize(("sizes", "width"), [((60, 25), 8), ((40, 30), 150), ((3, 2), 4), ((50, 50), 40)])
+def test_the_proxy_a_distance_is_that_of_a_loop_over_its_folds(sizes: tuple[int, int], width: int) -> None:
+    """With scikit-learn's covariance, and errors that are counted one by one."""
+    for seed in range(6):
+        x, y = sample(sizes[0], width, seed=seed), sample(sizes[1], width, seed=seed + 50) * 1.2 + 0.3 * (seed % 3)
+        z, of_y = torch.cat([x, y]).numpy(), np.repeat([False, True], sizes)
+        wrong = np.zeros(2)
+        for test in torch.randperm(len(z), generator=torch.Generator().manual_seed(seed)).tensor_split(5):
+            train = np.setdiff1d(np.arange(len(z)), test.numpy())
+            rows, mean = z[train], z[train].mean(0)
+            if len(set(of_y[train])) == 1:
+                wrong[0] += (~of_y[test.numpy()]).sum()  # nothing learned: all are taken for the second set's
+                continue
+            one, two = rows[~of_y[train]].mean(0), rows[of_y[train]].mean(0)
+            covariance = LedoitWolf(assume_centered=True).fit(rows - mean).covariance_
+            direction = np.linalg.solve(covariance + 1e-12 * np.eye(width), one - two)
+            for row in test.tolist():
+                guess = (z[row] - (one + two) / 2) @ direction <= 0
+                wrong[int(of_y[row])] += guess != of_y[row]
+        expected = 2 * (1 - (wrong / sizes).sum())
+        assert proxy_a_distance(x, y, permutations=0, seed=seed).estimate == pytest.approx(expected, abs=1e-12), seed
+
+
+def test_the_scale_of_mmd_where_most_pairs_are_equal() -> None:
+    x, y = torch.zeros(20, 1), torch.zeros(18, 1)
+    x[:2], y[:3] = torch.tensor([[1.0], [4.0]]), torch.tensor([[1.0], [2.0], [7.0]])
+    z = torch.cat([x, y]).double()
+    squares = torch.pdist(z).square()
+    assert squares.median() == 0 < squares[squares > 0].median() != squares[squares > 0].mean()
+    k = torch.exp(-torch.cdist(z, z).square() / squares[squares > 0].median())
+    within = (k[:20, :20].sum() - 20) / 380 + (k[20:, 20:].sum() - 18) / 306
+    found = mmd2(x, y, permutations=0).estimate
+    assert found == pytest.approx(float(within - 2 * k[:20, 20:].mean()), abs=1e-12)
+
+
+def test_what_is_asked_for_reaches_each_measure() -> None:
+    x, y = sample(40, 3), sample(30, 3, seed=1) + 0.5
+    found = domain_distance(x, y, permutations=11, splits=7, max_rows=20, seed=3)["features"]
+    assert found["mmd2"] == mmd2(x, y, permutations=11, max_rows=20, seed=3)
+    assert found["pad"] == proxy_a_distance(x, y, permutations=11, seed=3)
+    assert found["frechet"] == frechet(x, y, splits=7, seed=3)
+    assert found["coral"] == coral(x, y, splits=7, seed=3)
+    assert found["mmd2"] != mmd2(x, y, permutations=11, seed=3), "the control"
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_large_mean_takes_nothing_away(measure: str) -> None:
+    x, y = sample(30, 4), sample(25, 4, seed=1) + 0.5
+    far = MEASURES[measure](x + 1e7, y + 1e7)
+    assert far.estimate == pytest.approx(MEASURES[measure](x, y).estimate, abs=1e-6)
+
+
+def test_frechet_of_a_set_with_itself_is_not_negative() -> None:
+    assert min(frechet(sample(30, 9, seed=s), sample(30, 9, seed=s), splits=0).estimate for s in range(20)) == 0
 
 
 def test_the_formulas_in_another_form() -> None:
@@ -164,6 +221,8 @@ def test_more_rows_than_the_most_are_drawn() -> None:
     found = mmd2(x, y, max_rows=50)
     assert found.estimate == mmd2(x, y, max_rows=50).estimate != mmd2(x, y, max_rows=50, seed=1).estimate
     assert found.estimate == pytest.approx(mmd2(x, y).estimate, abs=0.1)
+    assert mmd2(x, y, max_rows=80).estimate == pytest.approx(mmd2(x, y).estimate, abs=1e-12)
+    assert mmd2(x, y, max_rows=79).estimate != pytest.approx(mmd2(x, y).estimate, abs=1e-9)
 
 
 def test_layers_are_told_apart_in_the_table() -> None:

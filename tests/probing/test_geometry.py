@@ -147,6 +147,22 @@ def test_neighbours_are_those_of_a_plain_loop(neighbours: int) -> None:
     assert knn_probe(x, labels[torch.randperm(700)], neighbours=neighbours).value < 0.2
 
 
+def test_copies_are_no_neighbours() -> None:
+    x = torch.randn(600, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(600) % 2
+    found, once = (
+        knn_probe(torch.cat([x, x]), torch.cat([labels, labels]), neighbours=1),
+        knn_probe(x, labels, neighbours=1),
+    )
+    assert (found.value, found.error) == (pytest.approx(once.value), pytest.approx(once.error))
+    assert found.value < 0.6
+    assert knn_probe(torch.ones(8, 3), torch.arange(8) % 2, neighbours=3).value == 0.5, "none but copies"
+    few = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert knn_probe(few, torch.tensor([0, 0, 0, 1]), neighbours=3).value == 0, "only the other one votes"
+    near = torch.cat([x, x + 1e-3])
+    assert knn_probe(near, torch.cat([labels, labels]), neighbours=1).value > 0.9, "the control"
+
+
 def test_neighbours_of_few_rows() -> None:
     x = torch.randn(4, 3)
     assert math.isnan(knn_probe(x[:1], torch.tensor([0])).value)

@@ -21,11 +21,12 @@ from tl_callbacks import PreflightError, RepresentationProbes, attach, events, g
 from tl_callbacks.probing.alignment import procrustes
 from tl_callbacks.probing.capture import Batch, Capture
 from tl_callbacks.probing.geometry import geometry
-from tl_callbacks.probing.measures import as_targets, measure
+from tl_callbacks.probing.measures import measure
 from tl_callbacks.probing.moments import Moments
 from tl_callbacks.probing.passes import Listener
 from tl_callbacks.probing.reference import random_twin
 from tl_callbacks.probing.similarity import linear_cka
+from tl_callbacks.probing.targets import as_targets
 
 EVALUATION = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
 NAMES = group_layers(tiny.bert()).names
@@ -59,8 +60,21 @@ class Count(TrainerCallback):
         self.forwards += not module.training
 
 
-def test_every_group_has_every_measure_at_every_evaluation(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, RepresentationProbes("eval", reference_set=tiny.texts(15, seed=9)))
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """A training with all that there is; read only."""
+    probes = RepresentationProbes("eval", reference_set=tiny.texts(15, seed=9))
+    return trained(tmp_path_factory.mktemp("usual"), probes)
+
+
+def measured(trainer: Trainer, step: int = 4) -> dict[str, float]:
+    """What was measured of the probe set at a step."""
+    found = logged(trainer)[step].items()
+    return {key: value for key, value in found if key.startswith("tl/") and "_reference/" not in key}
+
+
+def test_every_group_has_every_measure_at_every_evaluation(usual: Trainer) -> None:
+    trainer = usual
     found = logged(trainer)
     assert list(found) == [0, 2, 4]
     first, last = found[0], found[4]
@@ -79,8 +93,8 @@ def test_every_group_has_every_measure_at_every_evaluation(tmp_path: Path) -> No
     assert event["rows"] == {"probe": 20, "reference": 15}
 
 
-def test_the_numbers_are_those_of_the_rows_read_by_hand(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, RepresentationProbes("eval"), per_device_eval_batch_size=8)
+def test_the_numbers_are_those_of_the_rows_read_by_hand(usual: Trainer) -> None:
+    trainer = usual
     rows, model, pretrained = tiny.texts(64)[:20], trainer.model, tiny.bert().eval()
     assert model is not None
     sides = []
@@ -105,8 +119,8 @@ def test_a_set_that_is_evaluated_costs_no_forward_and_another_one_a_pass(tmp_pat
         return count.forwards, trainer
 
     plain, _ = forwards([])
-    own, _ = forwards([RepresentationProbes("eval")])
-    probes = RepresentationProbes(tiny.texts(16, seed=3))
+    own, _ = forwards([RepresentationProbes("eval", controls=False)])
+    probes = RepresentationProbes(tiny.texts(16, seed=3), controls=False)
     extra, _ = forwards([probes])
     assert plain == own == 2 * 2
     assert extra == plain + 2 * 2
@@ -116,12 +130,12 @@ def test_a_set_that_is_evaluated_costs_no_forward_and_another_one_a_pass(tmp_pat
 
 def test_one_of_several_evaluation_sets(tmp_path: Path) -> None:
     sets = {"first": tiny.texts(20, seed=3), "second": tiny.texts(21, seed=4)}
-    probes = RepresentationProbes("second", reference_set=sets["first"])
+    probes = RepresentationProbes("second", reference_set=sets["first"], controls=False)
     trainer = trained(tmp_path, probes, eval_dataset=sets)
     assert list(logged(trainer)) == list(logged(trainer, "_reference")) == [0, 2, 4]
     assert set(probes.facts()["passes"].values()) == {"the Trainer's evaluation"}
     assert "passes" not in probes.facts()["seconds"]
-    copies = RepresentationProbes([*sets["second"]], reference_set=[*sets["first"]])
+    copies = RepresentationProbes([*sets["second"]], reference_set=[*sets["first"]], controls=False)
     alone = trained(tmp_path / "alone", copies, eval_dataset=sets)
     for ending in ("", "_reference"):
         ours, theirs = logged(trainer, ending)[4], logged(alone, ending)[4]
@@ -140,7 +154,7 @@ REASONS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REASONS)
 def test_an_evaluation_that_does_not_show_the_rows_is_not_used(name: str, tmp_path: Path) -> None:
     overrides, reason = REASONS[name]
-    probes = RepresentationProbes("eval")
+    probes = RepresentationProbes("eval", controls=False)
     found = logged(trained(tmp_path, probes, **overrides))
     assert probes.facts()["passes"] == {"probe": reason}
     assert set(found) == {0, 2, 4}
@@ -165,19 +179,14 @@ class Twice(Trainer):
 
 @pytest.mark.parametrize("kind", [Backwards, Twice])
 def test_a_trainer_with_a_pass_of_its_own_kind_is_noticed(
-    kind: type[Trainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: type[Trainer], usual: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = {}
-    for one in (Trainer, kind):
-        data = tiny.texts(64)
-        args = tiny.arguments(tmp_path, **EVALUATION)
-        trainer = one(
-            tiny.bert(), args, train_dataset=data, eval_dataset=data[:20], callbacks=[RepresentationProbes("eval")]
-        )
-        attach(trainer)
-        trainer.train()
-        found[one] = {k: v for k, v in logged(trainer)[4].items() if k.startswith("tl/")}
-    assert found[kind] == pytest.approx(found[Trainer], abs=1e-6)
+    data, probes = tiny.texts(64), RepresentationProbes("eval", controls=False)
+    args = tiny.arguments(tmp_path, **EVALUATION)
+    trainer = kind(tiny.bert(), args, train_dataset=data, eval_dataset=data[:20], callbacks=[probes])
+    attach(trainer)
+    trainer.train()
+    assert measured(trainer) == pytest.approx(measured(usual), abs=1e-6)
     assert len(re.findall("reads the probe set itself", capsys.readouterr().out)) == 1
 
 
@@ -259,15 +268,15 @@ def test_padding_by_the_trainers_collator(tmp_path: Path) -> None:
     rows = [{**row, "input_ids": row["input_ids"][: 2 + number % 6]} for number, row in enumerate(tiny.texts(20))]
     found = []
     for size in (1, 3, 20):
-        args = tiny.arguments(tmp_path, **EVALUATION, per_device_eval_batch_size=size)
+        args = tiny.arguments(tmp_path, **{**EVALUATION, "max_steps": 2}, per_device_eval_batch_size=size)
         collate = DataCollatorWithPadding(Padder())  # type: ignore[arg-type]
-        probes = RepresentationProbes("eval")
+        probes = RepresentationProbes("eval", controls=False)
         trainer = Trainer(
             tiny.bert(), args, data_collator=collate, train_dataset=rows, eval_dataset=rows, callbacks=[probes]
         )
         attach(trainer)
         trainer.train()
-        found.append({k: v for k, v in logged(trainer)[4].items() if k.startswith("tl/")})
+        found.append(measured(trainer, 2))
     assert found[1] == pytest.approx(found[0], abs=1e-4)
     assert found[2] == pytest.approx(found[0], abs=1e-4)
 
@@ -296,12 +305,12 @@ def test_a_model_made_anew_has_a_reference_of_its_own(tmp_path: Path) -> None:
 
 
 def test_rows_beyond_the_limit_are_left_out_at_random_but_the_same(tmp_path: Path) -> None:
-    probes = RepresentationProbes("eval", max_rows=12)
-    trained(tmp_path, probes)
-    assert probes.facts()["rows"] == {"probe": 12}
-    own = RepresentationProbes("eval", max_rows=12)
-    found = [logged(trained(tmp_path, one, **more))[4] for one, more in ((probes, {}), (own, REASONS["by length"][0]))]
-    assert found[0].keys() == found[1].keys()
+    found = []
+    for more in ({}, REASONS["by length"][0]):
+        probes = RepresentationProbes("eval", max_rows=12, controls=False)
+        found.append(measured(trained(tmp_path, probes, max_steps=2, learning_rate=0.0, **more), 2))
+        assert probes.facts()["rows"] == {"probe": 12}
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
 def test_without_labels_and_with_values(tmp_path: Path) -> None:
@@ -310,7 +319,7 @@ def test_without_labels_and_with_values(tmp_path: Path) -> None:
     assert not any("probe" in key for key in found)
     assert {f"tl/{kind}/{name}" for kind in ("cka", "effective_rank") for name in NAMES} <= set(found)
     assert as_targets(torch.tensor([1, 1, -100])) is None
-    assert as_targets(torch.tensor([float("nan"), 1.0, 2.0]))[0].tolist() == [1.0, 2.0]  # type: ignore[index]
+    assert as_targets(torch.tensor([float("nan"), 1.0, 2.0]))[0]["task"].tolist() == [1.0, 2.0]  # type: ignore[index]
     x = torch.randn(80, 4, generator=torch.Generator().manual_seed(0))
     assert measure({"layer": x}, x @ torch.ones(4))["probe"]["layer"] > 0.99
 
@@ -324,7 +333,8 @@ def test_few_rows_give_what_exists(rows: int) -> None:
 
 
 def test_a_run_that_resumes_from_other_weights_is_warned(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, RepresentationProbes("eval"), save_strategy="steps", save_steps=2)
+    probes = RepresentationProbes("eval", controls=False)
+    trainer = trained(tmp_path, probes, save_strategy="steps", save_steps=2)
     assert trainer.state.global_step == 4
     for seed in (0, 1):
         args = tiny.arguments(tmp_path, **EVALUATION)
@@ -334,7 +344,7 @@ def test_a_run_that_resumes_from_other_weights_is_warned(tmp_path: Path) -> None
             args,
             train_dataset=data,
             eval_dataset=data[:20],
-            callbacks=[RepresentationProbes("eval")],
+            callbacks=[RepresentationProbes("eval", controls=False)],
         )
         attach(again)
         if seed:
@@ -417,9 +427,8 @@ def test_a_random_twin_has_the_shapes_and_none_of_the_weights() -> None:
     assert not torch.equal(torch.get_rng_state(), state), "tiny.bert seeds; the twins restore what they found"
 
 
-def test_the_card_draws_what_was_logged(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, RepresentationProbes("eval"))
-    found = measures(trainer.state.log_history)
+def test_the_card_draws_what_was_logged(usual: Trainer) -> None:
+    found = measures(usual.state.log_history)
     assert {"probe", "probe_se", "probe_random_init", "cka", "procrustes", "drift", "effective_rank"} <= set(found)
     assert list(found["cka"]) == list(NAMES)
     assert [step for step, _ in found["probe"]["encoder.layer.0"]] == [0, 2, 4]
@@ -444,6 +453,6 @@ def test_similarities_of_one_product_are_those_of_the_functions_alone() -> None:
 def test_wide_groups_are_measured_in_a_projection() -> None:
     x = torch.randn(60, 1100, generator=torch.Generator().manual_seed(0))
     y = x + 0.3 * torch.randn(60, 1100, generator=torch.Generator().manual_seed(1))
-    found = measure({"layer": x}, (x[:, 0] > 0).long(), {"layer": y})
+    found = measure({"layer": x}, None, {"layer": y})
     assert found["cka"]["layer"] == pytest.approx(linear_cka(x, y), abs=0.1)
     assert measure({"layer": x}, None, {"layer": x})["cka"]["layer"] == pytest.approx(1.0)

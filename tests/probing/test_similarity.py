@@ -26,6 +26,15 @@ def test_the_values_on_digits() -> None:
     assert abs(svcca(X, H, of="variance") - svcca(X, H)) > 0.005, "the control: the truncation matters"
 
 
+def test_svcca_of_all_directions_is_that_of_their_span() -> None:
+    x, y = sample(40, 4), sample(40, 6, seed=1)
+    basis_x, basis_y = (torch.linalg.qr(z - z.mean(0)).Q for z in (x, y))
+    expected = float(torch.linalg.svdvals(basis_x.T @ basis_y).mean())
+    assert svcca(x, y, keep=1.0) == pytest.approx(expected, abs=1e-12)
+    assert svcca(torch.cat([x, x @ sample(4, 3)], 1), y, keep=1.0) == pytest.approx(expected, abs=1e-12), "no new ones"
+    assert svcca(sample(2, 3), sample(2, 3, seed=1)) == pytest.approx(1), "of two rows there is one direction"
+
+
 def test_procrustes_is_scipys_disparity() -> None:
     x, y = sample(20, 5), sample(20, 5, seed=1)
     *_, disparity = scipy.spatial.procrustes(x.numpy(), y.numpy())

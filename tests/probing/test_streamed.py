@@ -108,6 +108,34 @@ def test_minibatch_cka_is_near_that_of_all_rows(size: int, bound: float) -> None
     assert float((average - biased).abs().max()) > 4 * bound, "the control: averages of biased values"
 
 
+def test_batches_count_by_their_rows_from_four_on() -> None:
+    """The sums of Song's unbiased HSIC, batch by batch, in matrices."""
+    x, y = sample(60, 4), sample(60, 4)[:, :3] + sample(60, 3, seed=1)
+    sizes = [40, 4, 3, 13]
+
+    def hsic(a: torch.Tensor, b: torch.Tensor) -> float:
+        n = len(a)
+        k, m = (z @ z.T - (z @ z.T).diag().diag() for z in (a, b))
+        ends = k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k @ m).sum()
+        return float((k * m).sum() + ends) / (n * (n - 3))
+
+    batches = [(a, b) for a, b in zip(x.split(sizes), y.split(sizes), strict=True) if len(a) > 3]
+    xy, xx, yy = (
+        sum(len(a) * hsic(*pick(a, b)) for a, b in batches)
+        for pick in (lambda a, b: (a, b), lambda a, b: (a, a), lambda a, b: (b, b))
+    )
+    found = MinibatchCKA(1, 1)
+    for a, b in zip(x.split(sizes), y.split(sizes), strict=True):
+        found.update([a], [b])
+    assert (found.batches, found.dropped) == (3, 1)
+    assert float(found.matrix()) == pytest.approx(xy / math.sqrt(xx * yy), abs=1e-12)
+    other = MinibatchCKA(1, 1).update([x[:3]], [y[:3]])
+    assert (other.batches, other.dropped) == (0, 1)
+    assert found.merge(other).dropped == 2
+    xs, ys = [x, x[:, :2] - y[:, :2]], [y, y * torch.tensor([1.0, 2.0, 5.0]), sample(60, 2, seed=7)]
+    assert torch.allclose(MinibatchCKA(2, 3).update(xs, ys).matrix(), cka_matrix(xs, ys), rtol=0, atol=1e-12)
+
+
 def test_small_batches_are_dropped_and_merged_sums_are_one() -> None:
     x, y = sample(70, 4), sample(70, 4) + sample(70, 4, seed=1)
     whole, halves = MinibatchCKA(1, 1), [MinibatchCKA(1, 1), MinibatchCKA(1, 1)]

@@ -13,7 +13,7 @@ from tl_callbacks.callbacks import TransferCallback, announce
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.probing.evaluation import around_evaluation, resolved, source_of
 from tl_callbacks.probing.observer import Observer
-from tl_callbacks.probing.passes import Source
+from tl_callbacks.probing.rows import Source
 from tl_callbacks.reading.pooling import Pooling
 from tl_callbacks.sharding import sharding, zero_stage
 
@@ -33,9 +33,12 @@ class RepresentationProbes(TransferCallback):
 
     Where a set is the Trainer's `eval_dataset` or one of them, the features come from the Trainer's own evaluation
     pass; otherwise, and before training and after it where no evaluation came last, from a pass of their own, which
-    changes no random state. Labels are those of the batches. The reference is taken by `attach`, with adapters off,
-    before a resumed run loads its checkpoint; nothing of it is saved, and a resumed run checks that it started from
-    the same weights.
+    changes no random state. Labels are those of the batches: one a row, or several of floating point, each with a probe
+    of its own, of which the means are logged; where there is no probe, the run says why as it begins. Rows with equal
+    features in every layer are copies: they share a fold, and the standard error counts them as one.
+
+    The reference is taken by `attach`, with adapters off, before a resumed run loads its checkpoint; nothing of it is
+    saved, and a resumed run checks that it started from the same weights.
 
     Args:
         probe_set: rows of the task, with labels or without; the name of one of the Trainer's evaluation sets will do.

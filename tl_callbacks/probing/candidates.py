@@ -10,9 +10,12 @@ from transformers import DataCollatorWithPadding, default_data_collator
 
 from tl_callbacks.discovery import group_layers
 from tl_callbacks.groups import LayerGroups
-from tl_callbacks.probing.measures import Measures, as_targets, measure
-from tl_callbacks.probing.passes import Source, chosen_places, read_rows
+from tl_callbacks.probing.copies import copies
+from tl_callbacks.probing.measures import Measures, measure
+from tl_callbacks.probing.passes import read_rows
 from tl_callbacks.probing.reference import random_twin
+from tl_callbacks.probing.rows import Source, chosen_places
+from tl_callbacks.probing.targets import as_targets, why_no_probe
 from tl_callbacks.reading.pooling import Pooling
 from tl_callbacks.tables import table
 
@@ -64,6 +67,7 @@ class ProbeTable:
     Args:
         rows: the groups, bottom to top, or best first.
         samples: rows of data that were read.
+        unprobed: in words why there is no probe; "" where there is one.
 
     Example:
         >>> ProbeTable((), 0).best is None
@@ -72,6 +76,7 @@ class ProbeTable:
 
     rows: tuple[GroupProbe, ...]
     samples: int
+    unprobed: str = ""
 
     def __iter__(self) -> Iterator[GroupProbe]:
         return iter(self.rows)
@@ -118,9 +123,14 @@ class ProbeTable:
         for row in self.rows:
             probe = f"{_shown(row.probe)} ± {_shown(row.probe_se)}" if math.isfinite(row.probe) else "-"
             numbers = (row.random_init, row.shuffled, row.chance, row.log_me)
-            shape = [f"{row.effective_rank:.1f}", _shown(row.anisotropy)]
+            shape = [_shown(row.effective_rank, 1), _shown(row.anisotropy)]
             lines.append([*([row.model] if several else []), row.group, probe, *map(_shown, numbers), *shape])
-        return f"{table(lines)}\n{self.samples} rows; probe: held-out accuracy (R^2 of values) ± standard error"
+        probe = (
+            f"no probe: {self.unprobed}"
+            if self.unprobed
+            else "probe: held-out accuracy (R^2 of values) ± standard error"
+        )
+        return f"{table(lines)}\n{self.samples} rows; {probe}"
 
 
 def probe_model(
@@ -144,7 +154,8 @@ def probe_model(
     Args:
         model: any model, on its device; the head is read at its input and need not be trained.
         dataset: rows with what the model takes and `labels` or `label`, one number a row: integers for classes,
-            floating point for values. Other columns are left out.
+            floating point for values; or several of floating point, 0.0 and 1.0 for several labels a row. Other columns
+            are left out. The model is not given them, so its head need not fit.
         groups: the layer groups; None: `group_layers(model)`.
         processing_class: a tokenizer that pads the rows of a batch.
         collate: makes a batch of rows; None: pads with `processing_class`, or stacks.
@@ -159,7 +170,7 @@ def probe_model(
 
     Raises:
         TypeError: `dataset` has no length, or no rows by number.
-        ValueError: no group gives a vector a row.
+        ValueError: no group gives a vector a row, or there are no rows.
 
     Example:
         >>> import torch
@@ -178,13 +189,15 @@ def probe_model(
     padding = default_data_collator if processing_class is None else DataCollatorWithPadding(processing_class)
     source = Source(dataset, chosen_places(dataset, max_rows, seed), collate or padding, batch_size)
     part = read_rows(model, groups, source, pooling=pooling, seed=seed).sorted()
-    found = measure(part.features, part.labels, shuffled=True, log_me=True, seed=seed)
+    alike = copies(part.features)
+    found = measure(part.features, part.labels, shuffled=True, log_me=True, copies=alike, seed=seed)
     if controls and as_targets(part.labels) is not None:
         twin = random_twin(model, seed)
         drawn = read_rows(twin, groups, source, pooling=pooling, seed=seed).sorted()
-        found["random_init"] = measure(drawn.features, drawn.labels, seed=seed).get("probe", {})
+        found["random_init"] = measure(drawn.features, drawn.labels, copies=alike, seed=seed).get("probe", {})
     widths = {name: features.shape[1] for name, features in part.features.items()}
-    return ProbeTable(tuple(_row(name, width, found) for name, width in widths.items()), len(source.places))
+    rows = tuple(_row(name, width, found) for name, width in widths.items())
+    return ProbeTable(rows, len(source.places), why_no_probe(part.labels, part.unlabelled))
 
 
 def rank_models(models: Mapping[str, nn.Module], dataset: Any, **options: Any) -> ProbeTable:
@@ -227,8 +240,8 @@ def rank_models(models: Mapping[str, nn.Module], dataset: Any, **options: Any) -
         samples = found.samples
     if not any(math.isfinite(row.log_me) for row in rows):
         raise ValueError(
-            "the rows have no labels to rank by; expected a column `labels` or `label` with one number a row and two "
-            "values at least. Add it, or use probe_model, which measures without labels too."
+            f"the rows have no labels to rank by: {found.unprobed or 'no feature is finite'}. Add a column `labels` or "
+            "`label` with one number a row and two values at least, or use probe_model, which measures without too."
         )
     order = sorted(rows, key=lambda row: -row.log_me if math.isfinite(row.log_me) else math.inf)
     return ProbeTable(tuple(order), samples)
@@ -241,5 +254,5 @@ def _row(name: str, width: int, found: Measures) -> GroupProbe:
     return GroupProbe("", name, width, **values)
 
 
-def _shown(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "-"
+def _shown(value: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"

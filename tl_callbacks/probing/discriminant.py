@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tl_callbacks.probing.copies import copies
 from tl_callbacks.probing.linear_probe import fit_ridge
 from tl_callbacks.probing.moments import Moments
 from tl_callbacks.probing.scores import ProbeScore, classes_of, moments_of_folds, score, stratified_folds
@@ -210,8 +211,9 @@ def lda_probe(
         (True, True)
     """
     kinds = classes_of({"task": labels}, None if test is None else {"task": test[1]})
+    alike = copies({"": x}) if test is None else None
     if test is None:
-        fold = stratified_folds(labels, folds, seed=seed)
+        fold = stratified_folds(labels, folds, seed=seed, copies=alike)
         parts = moments_of_folds(x, {"task": labels}, fold, folds, kinds)
         logits, truth = held_out_logits(parts, x, fold, shrinkage=shrinkage), labels.cpu()
         used = torch.tensor([fit_temperature(logits[fold != k], truth[fold != k]) for k in range(folds)])
@@ -223,7 +225,7 @@ def lda_probe(
     finite = logits.isfinite().all(dim=1)
     logits, truth, temperatures = logits[finite], truth[finite], temperatures[finite]
     probabilities = (logits / temperatures.unsqueeze(1)).softmax(dim=1)
-    plain = score(logits, truth, kinds["task"])
+    plain = score(logits, truth, kinds["task"], None if alike is None else alike[finite])
     losses = -probabilities.gather(1, truth.unsqueeze(1)).clamp(min=torch.finfo(torch.float64).tiny).log()
     return CalibratedScore(
         plain.value, plain.error, plain.chance, plain.rows,
@@ -256,7 +258,7 @@ def fit_calibrated_lda(
         tensor([0, 0, 1, 1])
     """
     kinds = {"task": classes} if classes else classes_of({"task": labels})
-    fold = stratified_folds(labels, folds, seed=seed)
+    fold = stratified_folds(labels, folds, seed=seed, copies=copies({"": x}))
     parts = moments_of_folds(x, {"task": labels}, fold, folds, kinds)
     temperature = fit_temperature(held_out_logits(parts, x, fold, shrinkage=shrinkage), labels)
     total = Moments(x.shape[1], kinds)

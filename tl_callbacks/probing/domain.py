@@ -126,7 +126,9 @@ def proxy_a_distance(x: Tensor, y: Tensor, *, permutations: int = 200, seed: int
         return Distance("pad", math.nan, ())
     members = _members(len(z), first, permutations, generator).to(z)
     wrong = z.new_zeros(2, members.shape[1])
-    for test in torch.randperm(len(z), generator=generator).to(z.device).tensor_split(min(FOLDS, len(z))):
+    for test in (
+        torch.randperm(len(z), generator=generator).to(z.device).tensor_split(FOLDS)
+    ):  # some without rows, of few
         keep = torch.ones(len(z), dtype=torch.bool, device=z.device)
         keep[test] = False
         mean = z[keep].mean(0)

@@ -8,7 +8,9 @@ from typing import Any
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
-from tl_callbacks.probing.passes import Source, chosen_places
+from tl_callbacks.probing.rows import Source, chosen_places
+
+Collate = Callable[[list[Any]], Any]
 
 _GUARD = "_tl_around_evaluation"
 
@@ -63,14 +65,22 @@ def resolved(trainer: Trainer, dataset: Any) -> Any:
     if dataset == "eval" and own is not None and not isinstance(own, dict):
         return own
     names = [f"`{name}`" for name in own] if isinstance(own, Mapping) else ["the only one is called `eval`"]
+    names = ["it has none"] if own is None else names
     raise ValueError(
         f"`{dataset}` is none of the Trainer's evaluation sets ({', '.join(names)}). "
         "Give the data set itself, or the name of one in eval_dataset."
     )
 
 
-def source_of(trainer: Trainer, dataset: Any, most: int, seed: int) -> Source:
+def source_of(trainer: Trainer, dataset: Any, most: int, seed: int, *, collate: Collate | None = None) -> Source:
     """Return how the Trainer makes batches of a data set's rows, of at most so many.
+
+    Args:
+        trainer: the Trainer.
+        dataset: with a length and rows by number.
+        most: rows.
+        seed: of which rows are drawn.
+        collate: makes a batch of rows, which then keep all columns; None: the Trainer's collator.
 
     Raises:
         TypeError: the data set has no length or no rows by number.
@@ -79,10 +89,10 @@ def source_of(trainer: Trainer, dataset: Any, most: int, seed: int) -> Source:
     return Source(
         dataset=dataset,
         places=chosen_places(dataset, most, seed),
-        collate=trainer.data_collator,
+        collate=trainer.data_collator if collate is None else collate,
         batch_size=args.per_device_eval_batch_size,
         label_names=(*(trainer.label_names or ()), "labels", "label", "label_ids"),
-        drop_columns=args.remove_unused_columns,
+        drop_columns=args.remove_unused_columns and collate is None,
         workers=args.dataloader_num_workers,
         context=trainer.accelerator.autocast,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tl_callbacks.probing.copies import copies
 from tl_callbacks.probing.moments import Moments
 from tl_callbacks.probing.scores import ProbeScore, classes_of, moments_of_folds, score, stratified_folds
 from tl_callbacks.probing.sums import Centred, spectrum
@@ -208,7 +209,7 @@ def ridge_probe(
         x: (n, d), of any floating dtype.
         labels: (n,), integers from 0 for classes or floating point for regression.
         test: features and labels of rows to score; None: score `x` by folds.
-        folds: of the cross-validation, stratified by class; 2 or more.
+        folds: of the cross-validation, stratified by class; 2 or more. Rows with equal features share one.
         penalties: as in `fit_ridge`.
         standardize: as in `fit_ridge`.
         seed: of the folds.
@@ -258,15 +259,16 @@ def ridge_probes(
         >>> found["task"].value > 0.9, found["shuffled"].value < 0.6
         (True, True)
     """
-    kinds = classes_of(labels, None if test is None else test[1])
+    kinds, alike = classes_of(labels, None if test is None else test[1]), None
     if test is None:
-        fold = stratified_folds(next(iter(labels.values())), folds, seed=seed)
+        alike = copies({"": x})
+        fold = stratified_folds(next(iter(labels.values())), folds, seed=seed, copies=alike)
         parts = moments_of_folds(x, labels, fold, folds, kinds)
         scored, truth = held_out_ridge(parts, x, fold, penalties, standardize=standardize), labels
     else:
         probe = fit_ridge(Moments(x.shape[1], kinds).update(x, labels), penalties, standardize=standardize)
         scored, truth = {name: probe.scores(test[0], name) for name in labels}, test[1]
-    return {name: score(scored[name], truth[name], classes) for name, classes in kinds.items()}
+    return {name: score(scored[name], truth[name], classes, alike) for name, classes in kinds.items()}
 
 
 def penalty_path(penalties: Sequence[float] | None, rows: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,35 +15,23 @@ from tl_callbacks.probing.geometry import effective_rank, mean_cosine
 from tl_callbacks.probing.linear_probe import held_out_ridge
 from tl_callbacks.probing.moments import Moments
 from tl_callbacks.probing.projection import RandomProjection
-from tl_callbacks.probing.scores import classes_of, moments_of_folds, score, shuffled_labels, stratified_folds
+from tl_callbacks.probing.scores import (
+    ProbeScore,
+    classes_of,
+    moments_of_folds,
+    score,
+    shuffled_labels,
+    stratified_folds,
+)
 from tl_callbacks.probing.similarity import MIN_ROWS, NOISE, centred, debias, similarity_ratio
 from tl_callbacks.probing.sums import Centred
+from tl_callbacks.probing.targets import LEAST, as_targets
 from tl_callbacks.probing.transferability import log_me_of
 
 Measures = dict[str, dict[str, float]]  # measure to group to value
 
-FOLDS = 5
+FOLDS = LEAST - 1
 WIDE = 1024  # features a row, above which a fixed random projection to as many is measured
-
-
-def as_targets(labels: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Return targets for probes and the rows that have one: classes numbered from 0, or values; None without two.
-
-    Negative classes and values that are no numbers mean that a row has no label.
-
-    Example:
-        >>> targets, rows = as_targets(torch.tensor([7, -100, 3, 7]))
-        >>> targets.tolist(), rows.tolist()
-        ([1, 0, 1], [True, False, True, True])
-    """
-    if labels is None:
-        return None
-    rows = labels.isfinite() if labels.is_floating_point() else labels >= 0
-    targets = labels[rows].double() if labels.is_floating_point() else labels[rows].long()
-    values = torch.unique(targets)
-    if len(values) < 2:
-        return None
-    return (targets if targets.is_floating_point() else torch.searchsorted(values, targets)), rows
 
 
 def measure(
@@ -52,6 +41,7 @@ def measure(
     *,
     shuffled: bool = False,
     log_me: bool = False,
+    copies: Tensor | None = None,
     products: dict[str, Tensor] | None = None,
     seed: int = 0,
     rank: int = 0,
@@ -60,16 +50,18 @@ def measure(
     """Return all numbers of the groups' features; those that do not exist are left out.
 
     `probe` is the held-out accuracy (R^2 for real-valued labels) of a ridge probe by 5 folds and `probe_se` its
-    standard error; `effective_rank` and `anisotropy` the shape of the features; `cka` (debiased) and `procrustes`
+    standard error; of several labels a row the means over labels, of which the latter is at least the mean's standard
+    error; `effective_rank` and `anisotropy` the shape of the features; `cka` (debiased) and `procrustes`
     (angular) how far they are from the reference. Groups of more than 1024 features a row are measured in a fixed
     random projection to 1024.
 
     Args:
         features: by group, (n, d).
-        labels: (n,), integers for classes or floating point; None: no probes.
+        labels: as in `as_targets`; None: no probes.
         reference: by group, features of the same rows in the pretrained model; None: no similarities.
         shuffled: whether shuffled labels are probed too, as `probe_shuffled`, with `probe_chance`.
         log_me: whether LogME is computed.
+        copies: (n,), the same number for rows that are copies and share a fold; None: none are.
         products: what the reference's similarity to itself is kept in, from one call to the next.
         seed: of the folds and the shuffled labels.
         rank: number of this process; the groups are shared among the ranks.
@@ -86,10 +78,10 @@ def measure(
     own = {}
     for name in names[rank::ranks]:
         against = None if reference is None else reference.get(name)
-        x = _narrow(features[name])
-        own[name], sums = _of_group(x, targets, shuffled, log_me, seed)
+        x = narrow(features[name])
+        own[name], sums = _of_group(x, targets, copies, shuffled=shuffled, log_me=log_me, seed=seed)
         if against is not None:
-            own[name] |= _to_reference(x, sums, _narrow(against), {} if products is None else products, name)
+            own[name] |= _to_reference(x, sums, narrow(against), {} if products is None else products, name)
     parts: Sequence[dict[str, Any]] = gather_object([own]) if ranks > 1 else [own]
     merged = {name: values for part in parts for name, values in part.items()}
     found: Measures = {}
@@ -101,31 +93,53 @@ def measure(
 
 
 def _of_group(
-    x: Tensor, targets: tuple[Tensor, Tensor] | None, shuffled: bool, log_me: bool, seed: int
+    x: Tensor,
+    targets: tuple[dict[str, Tensor], Tensor] | None,
+    copies: Tensor | None,
+    *,
+    shuffled: bool,
+    log_me: bool,
+    seed: int,
 ) -> tuple[dict[str, float], Centred]:
     """Return the measures of a group by itself, and the sums of its rows, without those that are not finite."""
     found: dict[str, float] = {}
     total = None
-    if targets is not None and len(targets[0]) > FOLDS:
+    if targets is not None and int(targets[1].sum()) >= LEAST:
         labels, rows = targets
-        kept = x[rows]
-        fold = stratified_folds(labels, FOLDS, seed=seed)
-        sets = {"task": labels, **({"shuffled": shuffled_labels(labels, fold, seed=seed)} if shuffled else {})}
+        kept, alike = x[rows], None if copies is None else copies[rows]
+        fold = stratified_folds(_strata(labels), FOLDS, seed=seed, copies=alike)
+        drawn = {f"shuffled {name}": shuffled_labels(column, fold, seed=seed) for name, column in labels.items()}
+        sets = {**labels, **(drawn if shuffled else {})}
         kinds = classes_of(sets)
         parts = moments_of_folds(kept, sets, fold, FOLDS, kinds)
         scored = held_out_ridge(parts, kept, fold)
-        scores = {name: score(scored[name], sets[name], kinds[name]) for name in sets}
-        found |= {"probe": scores["task"].value, "probe_se": scores["task"].error}
+        scores = {name: score(scored[name], sets[name], kinds[name], alike) for name in sets}
+        task = [scores[name] for name in labels]
+        found |= {"probe": _mean(task, "value"), "probe_se": _mean(task, "error")}
         if shuffled:
-            found |= {"probe_shuffled": scores["shuffled"].value, "probe_chance": scores["task"].chance}
+            control = [scores[name] for name in drawn]
+            found |= {"probe_shuffled": _mean(control, "value"), "probe_chance": _mean(task, "chance")}
         total = parts[0].without_rows()
         for part in parts:
             total.merge(part)
         if log_me:
-            found["log_me"] = log_me_of(total)
+            found["log_me"] = statistics.fmean(log_me_of(total, name) for name in labels)
         total = total if len(kept) == len(x) else None
     sums = (total or Moments.of(x)).centred()
     return found | {"effective_rank": effective_rank(sums), "anisotropy": mean_cosine(sums)}, sums
+
+
+def _strata(labels: Mapping[str, Tensor]) -> Tensor:
+    """What folds are stratified by: the classes, of several labels their pattern, or nothing."""
+    columns = list(labels.values())
+    if len(columns) == 1 or any(column.is_floating_point() for column in columns):
+        return columns[0].double() if len(columns) > 1 else columns[0]
+    patterns: Tensor = torch.unique(torch.stack(columns, dim=1), dim=0, return_inverse=True)[1]
+    return patterns
+
+
+def _mean(scores: Sequence[ProbeScore], field: str) -> float:
+    return statistics.fmean(getattr(score, field) for score in scores)
 
 
 def _to_reference(
@@ -148,7 +162,13 @@ def _hsic(product: Tensor, of_x: Tensor, of_y: Tensor) -> Tensor:
     return torch.where(found.abs() <= NOISE * squared, 0.0, found)
 
 
-def _narrow(features: Tensor) -> Tensor:
+def narrow(features: Tensor) -> Tensor:
+    """Return features as they are measured, in float32: more than 1024 a row in a fixed random projection to as many.
+
+    Example:
+        >>> narrow(torch.zeros(2, 3000)).shape
+        torch.Size([2, 1024])
+    """
     width = features.shape[1]
     return features.float() if width <= WIDE else _projection(width)(features).float()
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from tl_callbacks.probing.copies import copies
 from tl_callbacks.probing.scores import ProbeScore, score
 
 BLOCK = 512  # rows whose distances to all others are held at a time
@@ -13,7 +14,7 @@ BLOCK = 512  # rows whose distances to all others are held at a time
 
 @torch.no_grad()
 def knn_probe(x: Tensor, labels: Tensor, *, neighbours: int = 10) -> ProbeScore:
-    """Return the accuracy of the majority of a row's nearest neighbours by cosine, the row itself left out.
+    """Return the accuracy of the majority of a row's nearest neighbours by cosine, the row and its copies left out.
 
     Of classes with as many votes the one with the lowest number wins. Rows are compared with all others, so take a
     sample of a few thousand.
@@ -21,7 +22,7 @@ def knn_probe(x: Tensor, labels: Tensor, *, neighbours: int = 10) -> ProbeScore:
     Args:
         x: (n, d), of any floating dtype.
         labels: (n,), integers from 0.
-        neighbours: how many vote, 1 or more; all others where there are fewer.
+        neighbours: how many vote, 1 or more; all others where there are fewer. Where none are, class 0 is taken.
 
     Example:
         >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
@@ -38,12 +39,14 @@ def knn_probe(x: Tensor, labels: Tensor, *, neighbours: int = 10) -> ProbeScore:
     k, classes = min(neighbours, len(x) - 1), int(labels.max()) + 1 if len(labels) else 1
     if k < 1:
         return score(torch.empty(0, classes), labels[:0], classes)
-    votes = []
+    votes, number = [], copies({"": x}).to(x.device)
     for start in range(0, len(x), BLOCK):
         alike = x[start : start + BLOCK] @ x.T
-        alike[torch.arange(len(alike)), torch.arange(start, start + len(alike))] = -torch.inf
-        votes.append(one_hot(labels[alike.topk(k, dim=1).indices], classes).sum(dim=1).double())
-    return score(torch.cat(votes), labels, classes)
+        alike[number[start : start + BLOCK].unsqueeze(1) == number] = -torch.inf
+        nearest = alike.topk(k, dim=1)
+        counted = nearest.values.isfinite().unsqueeze(2)
+        votes.append((one_hot(labels[nearest.indices], classes) * counted).sum(dim=1).double())
+    return score(torch.cat(votes), labels, classes, number.cpu())
 
 
 @torch.no_grad()
@@ -70,7 +73,6 @@ def intrinsic_dimension(x: Tensor) -> float:
     x = _wide(x[x.isfinite().all(dim=1)])
     if len(x) < 3:
         return math.nan
-    x = x - x.mean(dim=0)
     nearest = []
     for start in range(0, len(x), BLOCK):
         rows = x[start : start + BLOCK]

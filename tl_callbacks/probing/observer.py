@@ -17,9 +17,10 @@ from tl_callbacks.dtensors import reshard
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.parameters import parameters_by_name
 from tl_callbacks.probing.capture import Capture
+from tl_callbacks.probing.copies import copies
 from tl_callbacks.probing.evaluation import read_in_order, why_not_listen
 from tl_callbacks.probing.measures import Measures, measure
-from tl_callbacks.probing.passes import Listener, Part, Source, read_rows
+from tl_callbacks.probing.passes import Listener, Part, read_rows
 from tl_callbacks.probing.reference import (
     body,
     compact,
@@ -31,6 +32,8 @@ from tl_callbacks.probing.reference import (
     weights_now,
     without_adapters,
 )
+from tl_callbacks.probing.rows import Source
+from tl_callbacks.probing.targets import why_no_probe
 from tl_callbacks.reading.pooling import Pooling
 
 
@@ -74,6 +77,7 @@ class Observer:
         self._held: LayerGroups | None = None
         self._reference: dict[str, Part] = {}
         self._products: dict[str, dict[str, Tensor]] = {}
+        self._copies: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
         self._hearing: _Hearing | None = None
         self._seconds: dict[str, float] = {}
@@ -99,6 +103,7 @@ class Observer:
             with without_adapters(model):
                 self._reference = {name: self._read(model, name, alike=alike) for name in self._sources}
             self._products = {name: {} for name in self._sources}
+            self._copies = {name: copies(part.features) for name, part in self._reference.items()}
             self.baseline = self._controls(model)
             for part in self._reference.values():
                 part.features = compact(part.features)
@@ -155,12 +160,22 @@ class Observer:
         """Return in words what is read and how."""
         groups = next(iter(self._reference.values())).features
         own = [f"{self._title(name)} in a pass of its own ({reason})" for name, reason in self._own.items()]
-        return f"{len(groups)} of {len(self._groups)} groups" + "".join(f"; {text}" for text in own)
+        without = [f"no probe of the {title} set: {reason}" for title, reason in self._unprobed().items()]
+        return f"{len(groups)} of {len(self._groups)} groups" + "".join(f"; {text}" for text in own + without)
 
     def facts(self) -> dict[str, Any]:
         """Return rows, how they were read, and the seconds that took."""
         passes = {self._title(name): self._own.get(name, "the Trainer's evaluation") for name in self._sources}
-        return {**self._rows(), "passes": passes, "seconds": {k: round(v, 3) for k, v in self._seconds.items()}}
+        unprobed = {"without_probe": found} if (found := self._unprobed()) else {}
+        seconds = {kind: round(value, 3) for kind, value in self._seconds.items()}
+        return {**self._rows(), **unprobed, "passes": passes, "seconds": seconds}
+
+    def _unprobed(self) -> dict[str, str]:
+        """Return in words why sets have no probe."""
+        found = {
+            self._title(name): why_no_probe(part.labels, part.unlabelled) for name, part in self._reference.items()
+        }
+        return {title: reason for title, reason in found.items() if reason}
 
     def _rows(self) -> dict[str, Any]:
         return {"rows": {self._title(name): len(source.places) for name, source in self._sources.items()}}
@@ -220,8 +235,7 @@ class Observer:
     def _measure(self, part: Part, name: str, against: dict[str, Tensor] | None, **options: Any) -> Measures:
         found = measure(
             part.features, self._reference[name].labels, against, products=self._products[name], seed=self.seed,
-            rank=self._rank, ranks=self._ranks,
-            **options,
+            copies=self._copies[name], rank=self._rank, ranks=self._ranks, **options,
         )  # fmt: skip
         return {f"{kind}{name}": values for kind, values in found.items()}
 

@@ -1,49 +1,19 @@
-"""Forward passes over a fixed set of rows: our own one, and what is kept of the Trainer's."""
+"""What a forward pass over a fixed set of rows shows: our own one, and what is kept of the Trainer's."""
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from tl_callbacks.fingerprints import base_model
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.probing.capture import Batch, Capture
+from tl_callbacks.probing.rows import Source, Step, called, forwards, is_own_pass
+from tl_callbacks.probing.targets import VARYING, agreed, labels_in
 from tl_callbacks.reading.pooling import Pooling
-from tl_callbacks.reading.quiet import evaluating, random_states_kept
-
-_LABELS = ("labels", "label", "label_ids")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Rows of a data set and how they become batches.
-
-    Args:
-        dataset: with a length and rows by number, in the form that the collator takes.
-        places: the rows that are read, ascending.
-        collate: makes a batch of rows.
-        batch_size: rows a process takes at a time.
-        label_names: keys of a batch that may hold the labels, the first one found counts.
-        drop_columns: whether columns that the model does not take are dropped, as the Trainer does.
-        workers: processes that load rows.
-        context: entered around each forward, as for mixed precision.
-    """
-
-    dataset: Any
-    places: Tensor
-    collate: Callable[[list[Any]], Any]
-    batch_size: int
-    label_names: Sequence[str] = _LABELS
-    drop_columns: bool = True
-    workers: int = 0
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass
@@ -53,12 +23,14 @@ class Part:
     Args:
         places: (rows,).
         features: by group, (rows, d), float32.
-        labels: (rows,), where each row has one; None otherwise.
+        labels: (rows,) or (rows, labels), where each row has them; None otherwise.
+        unlabelled: why there are none.
     """
 
     places: Tensor
     features: dict[str, Tensor]
     labels: Tensor | None = None
+    unlabelled: str = ""
 
     def sorted(self) -> Self:
         """Return the rows in the order of their places, on the CPU."""
@@ -72,11 +44,10 @@ class Part:
             ranks: how many there are.
         """
         names = list(self.features)
+        labels, unlabelled = agreed(self.labels, self.unlabelled, ranks)
         columns = [part.flatten(1) for part in self.features.values()]
         merged = [
-            _from_all(part, device, ranks)
-            for part in (self.places, torch.cat(columns, 1), self.labels)
-            if part is not None
+            _from_all(part, device, ranks) for part in (self.places, torch.cat(columns, 1), labels) if part is not None
         ]
         places, order = torch.unique(merged[0], sorted=True, return_inverse=True)
         first = torch.full((len(places),), len(order)).scatter_reduce_(0, order, torch.arange(len(order)), "amin")
@@ -84,7 +55,7 @@ class Part:
         features = {
             name: part.contiguous() for name, part in zip(names, torch.split(merged[1][first], widths, 1), strict=True)
         }
-        return type(self)(places, features, merged[2][first] if self.labels is not None else None)
+        return type(self)(places, features, merged[2][first] if labels is not None else None, unlabelled)
 
 
 def _from_all(tensor: Tensor, device: torch.device, ranks: int) -> Tensor:
@@ -103,27 +74,6 @@ def _from_all(tensor: Tensor, device: torch.device, ranks: int) -> Tensor:
     ).cpu()
 
 
-def chosen_places(dataset: Any, most: int, seed: int) -> Tensor:
-    """Return the rows that are read, ascending: all, or as many of them, drawn at random, as may be kept.
-
-    Raises:
-        TypeError: the data set has no length or no rows by number.
-
-    Example:
-        >>> chosen_places(["a", "b", "c"], 2, seed=0).shape
-        torch.Size([2])
-    """
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")) or isinstance(dataset, Mapping):
-        raise TypeError(
-            f"a probe set is read again and again in the same order; expected a data set with a length and rows by "
-            f"number, got {type(dataset).__name__}. Give one split, not a stream or several splits."
-        )
-    if len(dataset) <= most:
-        return torch.arange(len(dataset))
-    return torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:most].sort().values
-
-
-@torch.no_grad()
 def read_rows(
     model: nn.Module,
     groups: LayerGroups,
@@ -151,64 +101,23 @@ def read_rows(
     Raises:
         ValueError: a forward gives more or fewer vectors than rows, as of packed rows.
     """
-    share = -(-len(source.places) // ranks)
-    padded = source.places[torch.arange(share * ranks).clamp(max=len(source.places) - 1)]
-    mine = padded[rank::ranks]
     seen: list[Batch] = []
     labels: list[Tensor] = []
-    takes = inspect.signature(base_model(model).forward).parameters
-    rows = _Rows(source, takes)
-    loader = DataLoader(
-        rows, source.batch_size, sampler=mine.tolist(), collate_fn=source.collate, num_workers=source.workers,
-        generator=torch.Generator().manual_seed(seed),
-    )  # fmt: skip
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with random_states_kept(device, seed), evaluating(model), Capture(model, groups, seen.append, pooling=pooling):
-        for start, batch in zip(range(0, share, source.batch_size), loader, strict=True):
-            label = _label(batch, source.label_names)
-            labels += [] if label is None else [label]
-            batch = send_to_device(_accepted(batch, takes), device)
-            with source.context():
-                _ = model(**batch) if isinstance(batch, Mapping) else model(batch)
-            _check(seen, len(mine[start : start + source.batch_size]))
-    kept = torch.arange(rank, share * ranks, ranks) < len(source.places)
+    reasons: list[str] = []
+
+    def note(step: Step) -> None:
+        label, why = labels_in(step.batch, source.label_names)
+        labels.extend([] if label is None else [label])
+        reasons.extend([why] if why else [])
+        _check(seen, len(step.places))
+
+    call = functools.partial(called, model, labels=False)  # features do not depend on them, and a loss may fail
+    with Capture(model, groups, seen.append, pooling=pooling):
+        places, kept = forwards(model, source, note, call=call, seed=seed, rank=rank, ranks=ranks)
     features = {name: torch.cat([batch.features[name] for batch in seen]).cpu()[kept] for name in _common(seen)}
-    known = torch.cat(labels).cpu()[kept] if labels and sum(map(len, labels)) == share else None
-    return Part(mine[kept], features, known)
-
-
-class _Rows(Dataset[Any]):
-    def __init__(self, source: Source, takes: Mapping[str, Any]) -> None:
-        self.rows = source.dataset
-        self.names = {*takes, *source.label_names, *_LABELS} if source.drop_columns else None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, place: int) -> Any:
-        row = self.rows[place]
-        if self.names is None or not isinstance(row, Mapping):
-            return row
-        return {key: value for key, value in row.items() if key in self.names}
-
-
-def _accepted(batch: Any, takes: Mapping[str, Any]) -> Any:
-    """Return a batch without labels that the model does not name."""
-    if not isinstance(batch, Mapping):
-        return batch[0] if isinstance(batch, tuple | list) else batch
-    every = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes.values())
-    return {key: value for key, value in batch.items() if key in takes or (every and key not in _LABELS)}
-
-
-def _label(batch: Any, names: Sequence[str]) -> Tensor | None:
-    """Return the labels of a batch if there is one number a row."""
-    if not isinstance(batch, Mapping):
-        return None
-    found = (batch[name] for name in (*names, *_LABELS) if isinstance(batch.get(name), Tensor))
-    value: Tensor | None = next(found, None)
-    if value is None or value.ndim > 2 or (value.ndim == 2 and value.shape[1] != 1):
-        return None
-    return value.flatten()
+    reasons += [VARYING] if len({label.shape[1:] for label in labels}) > 1 else []
+    unlabelled = reasons[0] if reasons else ""
+    return Part(places[kept], features, None if unlabelled else torch.cat(labels).cpu()[kept], unlabelled)
 
 
 def _check(seen: list[Batch], rows: int) -> None:
@@ -261,7 +170,9 @@ class Listener:
     _kept: list[Tensor] = field(default_factory=list)
 
     def add(self, batch: Batch) -> None:
-        """Take the next forward's features."""
+        """Take the next forward's features, if it is the Trainer's."""
+        if is_own_pass():
+            return
         size = len(next(iter(batch.features.values()), ()))
         start = (len(self._sizes) * self.ranks + self.rank) * (self._sizes[0] if self._sizes else size)
         places = torch.arange(start, start + size)

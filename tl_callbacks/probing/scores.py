@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tl_callbacks.probing.copies import first_of, numbered
 from tl_callbacks.probing.moments import Moments
 
 
@@ -27,7 +28,7 @@ class ProbeScore:
     rows: int
 
 
-def score(scores: Tensor, truth: Tensor, classes: int | None) -> ProbeScore:
+def score(scores: Tensor, truth: Tensor, classes: int | None, copies: Tensor | None = None) -> ProbeScore:
     """Return accuracy or R^2 of predicted columns; rows whose scores are not finite are left out.
 
     The standard error of R^2 is that of a ratio of sums, to first order.
@@ -36,6 +37,7 @@ def score(scores: Tensor, truth: Tensor, classes: int | None) -> ProbeScore:
         scores: (n, classes), or (n, 1) for regression.
         truth: (n,), classes or values.
         classes: their number, or None for regression.
+        copies: (n,), the same number for rows that are copies, which the standard error counts as one; None: none are.
 
     Example:
         >>> found = score(torch.eye(2)[[0, 1, 1, 0]], torch.tensor([0, 1, 0, 0]), 2)
@@ -50,30 +52,48 @@ def score(scores: Tensor, truth: Tensor, classes: int | None) -> ProbeScore:
     if classes is not None:
         share = float((scores.argmax(dim=1) == truth).double().mean())
         chance = float(torch.bincount(truth.long(), minlength=1).max()) / rows
-        return ProbeScore(share, math.sqrt(share * (1 - share) / rows), chance, rows)
+        off = (scores.argmax(dim=1) == truth).double() - share
+        return ProbeScore(share, _error(off, copies, finite) / rows, chance, rows)
     missed = (truth.double() - scores[:, 0]).square()
     spread = (truth.double() - truth.double().mean()).square()
     total = float(spread.sum())
     if total == 0:
         return ProbeScore(math.nan, math.nan, 0.0, rows)
     ratio = float(missed.sum()) / total
-    return ProbeScore(1 - ratio, float((missed - ratio * spread).norm()) / total, 0.0, rows)
+    return ProbeScore(1 - ratio, _error(missed - ratio * spread, copies, finite) / total, 0.0, rows)
 
 
-def stratified_folds(labels: Tensor, folds: int, *, seed: int = 0) -> Tensor:
+def _error(off: Tensor, copies: Tensor | None, kept: Tensor) -> float:
+    """The norm of what each row adds, rows that are copies together."""
+    if copies is None:
+        return float(off.norm())
+    numbers = numbered(copies[kept])
+    return float(off.new_zeros(int(numbers.max()) + 1).index_add_(0, numbers, off).norm())
+
+
+def stratified_folds(labels: Tensor, folds: int, *, seed: int = 0, copies: Tensor | None = None) -> Tensor:
     """Return a fold for each row, (n,), so that the folds hold each class in equal numbers, up to one.
 
     Args:
         labels: (n,), integers for classes; floating point values are dealt out at random.
         folds: how many, 2 or more.
         seed: of the order in which rows are dealt.
+        copies: (n,), the same number for rows that are copies, which share a fold, by the label of the first; None, or
+            fewer different rows than folds: each row is dealt alone.
 
     Example:
         >>> torch.bincount(stratified_folds(torch.tensor([0, 0, 0, 0, 1, 1]), 2))
         tensor([3, 3])
+        >>> fold = stratified_folds(torch.tensor([0, 1, 0, 1]), 2, copies=torch.tensor([0, 0, 1, 1]))
+        >>> bool(fold[0] == fold[1] != fold[2])
+        True
     """
     if folds < 2:
         raise ValueError(f"folds is {folds}; expected 2 or more: a row is scored by a probe fitted on other folds.")
+    if copies is not None:
+        numbers = numbered(copies)
+        if folds <= len(first := first_of(numbers)) < len(labels):
+            return stratified_folds(labels.cpu()[first], folds, seed=seed)[numbers]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     if not labels.is_floating_point():
         order = order[labels.cpu()[order].argsort(stable=True)]

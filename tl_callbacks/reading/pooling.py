@@ -64,11 +64,7 @@ def pool(
         >>> pool(hidden, 2, mask).tolist(), pool(hidden, 2, mask, pooling="last").tolist()
         ([[2.0], [5.0]], [[3.0], [5.0]])
     """
-    if features.ndim == 3 and _is_length_first(features, rows, mask):
-        features = features.transpose(0, 1)
-    laid_out = mask if mask is not None and mask.ndim == 2 else segments
-    if features.ndim == 2 and laid_out is not None and features.shape[0] == laid_out.numel() > rows:
-        features = features.view(*laid_out.shape, -1)
+    features = rows_first(features, rows, mask, segments)
     if features.ndim < 2 or features.shape[0] == 0 or features.shape[0] % rows:
         return None
     pieces, choices = features.shape[0] // rows, mask is not None and mask.ndim == 3
@@ -86,6 +82,29 @@ def pool(
         apart = pooled.view(rows, pieces, -1)
         pooled = apart.flatten(1) if choices else apart.mean(1)
     return pooled
+
+
+def rows_first(features: Tensor, rows: int, mask: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+    """Return features with the rows of the batch in their first dimension, where they can be told.
+
+    Args:
+        features: (rows, ...), (length, rows, d), or (rows * length, d).
+        rows: rows of the batch.
+        mask: (rows, length).
+        segments: (rows, length), of packed rows.
+
+    Example:
+        >>> rows_first(torch.zeros(5, 2, 4), rows=2, mask=torch.ones(2, 5)).shape
+        torch.Size([2, 5, 4])
+        >>> rows_first(torch.zeros(10, 4), rows=2, mask=torch.ones(2, 5)).shape
+        torch.Size([2, 5, 4])
+    """
+    if features.ndim == 3 and _is_length_first(features, rows, mask):
+        return features.transpose(0, 1)
+    laid_out = mask if mask is not None and mask.ndim == 2 else segments
+    if features.ndim == 2 and laid_out is not None and features.shape[0] == laid_out.numel() > rows:
+        return features.view(*laid_out.shape, -1)
+    return features
 
 
 def packed_segments(position_ids: Tensor | None, ends: Tensor | None = None) -> Tensor | None:
