@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import Trainer
 
 from tl_callbacks.sharding import sharding
@@ -39,6 +39,34 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
         tensor = torch.empty(tensor.shape, dtype=like.dtype, device=device)
     sharded = distribute_tensor(tensor.to(device, like.dtype), like.device_mesh, like.placements)
     return sharded.to(like.device)
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return the part of a whole tensor that this rank holds of `like`, as a view: in its own dtype, on its own device.
+
+    Args:
+        tensor: the whole tensor.
+        like: a tensor of the same shape, sharded or not; if it is not, the part is the whole.
+
+    Raises:
+        NotImplementedError: `like` is sharded in another way than into consecutive parts.
+
+    Example:
+        >>> shard_like(torch.ones(2), torch.zeros(2))
+        tensor([1., 1.])
+    """
+    if not isinstance(like, DTensor):
+        return tensor
+    for axis, placement in enumerate(like.placements):
+        if type(placement) is Shard:
+            # As torch.chunk divides: all parts are of one size, but the last ones may be smaller or empty.
+            length = tensor.shape[placement.dim]
+            size = -(-length // like.device_mesh.size(axis))
+            start = min(length, size * like.device_mesh.get_local_rank(axis))
+            tensor = tensor.narrow(placement.dim, start, min(size, length - start))
+        elif type(placement) is not Replicate:
+            raise NotImplementedError(f"no part of a whole tensor is known for {placement!r}; expected shards (FSDP2).")
+    return tensor
 
 
 def reshard(model: nn.Module) -> None:

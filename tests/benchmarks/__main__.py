@@ -15,6 +15,7 @@ import platform
 import torch
 from transformers.utils import logging
 
+from tests.benchmarks.anchoring import anchoring
 from tests.benchmarks.frozen_prefix import frozen_prefix
 from tests.benchmarks.neighbours.compare import neighbours
 from tests.benchmarks.neutral import neutral
@@ -29,6 +30,7 @@ TIMED = {
     "rank-check": rank_check,
     "probe-fits": probe_fits,
     "probes": probes,
+    "anchoring": anchoring,
     "similarity": similarity,
 }
 
