@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from tests import scaler, tiny
 from tl_callbacks import GradualUnfreezing, WeightAnchoring, at_steps, attach, group_layers, staged
+from tl_callbacks.anchoring.weight_forms import Decoupled, Penalty
 from tl_callbacks.events import read
 
 OPTIMIZERS = ["sgd", "adamw_torch", "adamw_torch_fused"]
@@ -80,13 +81,13 @@ def test_a_penalty_that_is_not_scaled_with_the_loss_is_seen(
 ) -> None:
     exact = penalised(tmp_path, 0.5, fp16=False, optim=optim)
     effect = largest_gap(penalised(tmp_path, 0.0, fp16=False, optim=optim), exact)
-    note = WeightAnchoring.on_step_begin
+    note = Penalty.begin_step
 
-    def unscaled(self: WeightAnchoring, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        note(self, args, state, control, **kwargs)
+    def unscaled(self: Penalty, optimizer: Any, state: Any) -> None:
+        note(self, optimizer, state)
         self._loss_scale = 1.0
 
-    monkeypatch.setattr(WeightAnchoring, "on_step_begin", unscaled)
+    monkeypatch.setattr(Penalty, "begin_step", unscaled)
     assert largest_gap(exact, penalised(tmp_path, 0.5, fp16=True, scale=2.0**16, optim=optim)) > 0.1 * effect
 
 
@@ -119,14 +120,14 @@ def test_an_anchor_moves_nothing_on_a_skipped_step(optim: str, form: Any, tmp_pa
 def test_a_pull_that_does_not_ask_whether_the_step_counts_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pull = WeightAnchoring._pull
+    pull = Decoupled._pull
 
-    def always(self: WeightAnchoring, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def always(self: Decoupled, optimizer: Any, args: Any, kwargs: Any) -> None:
         found, optimizer.found_inf = optimizer.found_inf, None
         pull(self, optimizer, args, kwargs)
         optimizer.found_inf = found
 
-    monkeypatch.setattr(WeightAnchoring, "_pull", always)
+    monkeypatch.setattr(Decoupled, "_pull", always)
     anchors = [WeightAnchoring(0.1, reference=reference())]
     assert still(skipping(tmp_path, anchors, optim="adamw_torch_fused")[1]) == []
 

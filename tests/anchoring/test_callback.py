@@ -20,7 +20,7 @@ from tl_callbacks import (
     group_layers,
     layerwise_optimizer,
 )
-from tl_callbacks.anchoring.forms import Decoupled
+from tl_callbacks.anchoring.weight_forms import Decoupled
 
 STRENGTH = 0.5
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -188,7 +188,7 @@ def test_distances_are_logged_once_an_evaluation_and_at_the_end(tmp_path: Path) 
     assert "tl/anchor/head" not in logged[-1]
 
 
-@pytest.mark.parametrize("form", ["decoupled", "penalty"])
+@pytest.mark.parametrize("form", ["decoupled", "penalty", "mixout"])
 def test_no_hook_stays_behind(form: Any, tmp_path: Path) -> None:
     model = tiny.bert()
     trainer = tiny.trainer(model, tiny.arguments(tmp_path), callbacks=[WeightAnchoring(0.1, form=form)])
@@ -273,7 +273,7 @@ def test_a_step_that_the_scaler_skips_pulls_nothing() -> None:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     form = Decoupled()
-    form.open(model, optimizer, anchor._pair(model, optimizer))
+    form.open(model, optimizer, *anchor._pair(model, optimizer))
     before = tiny.state(model)
     optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
     form._pull(optimizer, (), {})
@@ -283,7 +283,7 @@ def test_a_step_that_the_scaler_skips_pulls_nothing() -> None:
     assert tiny.moved(before, tiny.state(model))
 
 
-@pytest.mark.parametrize("form", ["decoupled", "penalty"])
+@pytest.mark.parametrize("form", ["decoupled", "penalty", "mixout"])
 def test_strength_0_says_that_it_does_nothing(form: Any, tmp_path: Path) -> None:
     trainer = tiny.trainer(tiny.bert(), tiny.arguments(tmp_path), callbacks=[WeightAnchoring(0.0, form=form)])
     attach(trainer)

@@ -1,15 +1,15 @@
-"""The forms of an anchor: what each does at an optimizer step, by which hooks."""
+"""What the forms of an anchor have in common: what one is opened with, and when it is asked to act."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerState
+from transformers import Trainer, TrainerState
 
-from tl_callbacks.anchoring.penalties import half_life, penalty_gradient, pull_
-from tl_callbacks.dtensors import local
+from tl_callbacks.anchoring.updates import LoraUpdate
+from tl_callbacks.groups import LayerGroups
 
 
 class Anchored(NamedTuple):
@@ -19,6 +19,27 @@ class Anchored(NamedTuple):
     reference: Tensor
     strength: float
     group: dict[str, Any]
+    name: str = ""
+    importance: Tensor | None = None
+
+
+class AnchoredUpdate(NamedTuple):
+    """The update of an adapter, its group's strength, and the group in the optimizer of the factor that starts at 0."""
+
+    update: LoraUpdate
+    strength: float
+    group: dict[str, Any]
+
+
+class Lent(NamedTuple):
+    """What a form may need beside its own parameters: the attached trainer, the groups, the strengths of those that are
+    anchored, and the reference by parameter name, as it is placed for this training.
+    """
+
+    trainer: Trainer | None
+    groups: LayerGroups
+    strengths: Mapping[str, float]
+    reference: Mapping[str, Tensor]
 
 
 class Form:
@@ -28,9 +49,15 @@ class Form:
     """Whether a strength must be below 1."""
     unit: ClassVar[str]
     """What a strength means, in words."""
+    of_updates: ClassVar[bool] = False
+    """Whether it acts on what LoRA adds to the weights as a whole, rather than on the adapter's parameters."""
+    by_group: ClassVar[bool] = True
+    """Whether groups may have strengths of their own."""
 
     def __init__(self) -> None:
         self.anchored: list[Anchored] = []
+        self.updates: list[AnchoredUpdate] = []
+        self.seed = 0
         self._handles: list[RemovableHandle] = []
 
     def check(self, strength: float) -> None:
@@ -43,15 +70,45 @@ class Form:
             span = "[0, 1)" if self.below_one else "[0, infinity)"
             raise ValueError(f"`strength` is {strength}; expected a number in {span}, {self.unit}.")
 
-    def open(self, model: nn.Module, optimizer: Any, anchored: list[Anchored]) -> None:
+    def names(self, model: nn.Module, groups: LayerGroups, strengths: Mapping[str, float]) -> list[str]:
+        """Return the parameters of which a reference is needed, by normalised name.
+
+        Args:
+            model: the model.
+            groups: its groups.
+            strengths: of the groups that are anchored, by name.
+        """
+        return [name for group in groups if group.name in strengths for name in group.parameters]
+
+    def take(self, model: nn.Module, given: Mapping[str, Tensor] | None) -> None:
+        """Keep what else the reference is made of, when it is taken; `given`: as the user gave it."""
+
+    def findings(self, trainer: Trainer) -> list[str]:
+        """Return what keeps the form from working, one text each; empty if nothing."""
+        return []
+
+    def lend(self, lent: Lent) -> None:
+        """Take what a form may need to open."""
+
+    def open(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        anchored: list[Anchored],
+        updates: Sequence[AnchoredUpdate] = (),
+        *,
+        seed: int = 0,
+    ) -> None:
         """Register the hooks.
 
         Args:
             model: the model without wrappers.
             optimizer: the Trainer's, wrapped by accelerate or not.
             anchored: what is anchored.
+            updates: what is anchored of LoRA, where the form acts on updates; their parameters are not in `anchored`.
+            seed: of the training.
         """
-        self.anchored = anchored
+        self.anchored, self.updates, self.seed = anchored, list(updates), seed
         self._handles = self.hooks(model, getattr(optimizer, "optimizer", optimizer))
 
     def hooks(self, model: nn.Module, optimizer: Optimizer) -> list[RemovableHandle]:
@@ -67,86 +124,35 @@ class Form:
             handle.remove()
         self._handles = []
         self.anchored = []
+        self.updates = []
+
+    def end_gradients(self) -> None:
+        """Put back what was changed for the forward passes of a step: the gradients are complete, or it is over."""
+
+    def what(self) -> str:
+        """Return what the open form does, as the end of a sentence."""
+        held = [one.parameter for one in self.anchored] + [p for one in self.updates for p in one.update.parameters]
+        whole = f", among them what {len(self.updates)} LoRA adapters add as a whole" if self.updates else ""
+        return f"anchors {sum(p.numel() for p in held):,} parameters{whole}{self.summary()}"
 
     def summary(self) -> str:
         """Return what a person should know of the strengths, as the end of a sentence; or nothing."""
         return ""
+
+    def measured(self) -> dict[str, float]:
+        """Return what to log beside the distances of the weights, as `tl/anchor/<name>`. Call it on all ranks."""
+        return {}
+
+    def metrics(self, state: TrainerState) -> dict[str, float]:
+        """Return what else to log with them, by the whole key."""
+        return {}
 
     def facts(self) -> dict[str, Any]:
         """Return what `recipe.json` should say beside the strengths."""
         return {}
 
 
-class Decoupled(Form):
-    """Before each optimizer step: theta <- theta - strength * (lr / peak lr) * (theta - theta_pre)."""
-
-    below_one = True
-    unit = "the share of the distance removed per step at the peak rate"
-
-    def hooks(self, model: nn.Module, optimizer: Optimizer) -> list[RemovableHandle]:
-        """Pull before each step of the optimizer."""
-        return [optimizer.register_step_pre_hook(self._pull)]
-
-    def summary(self) -> str:
-        """Return the half-life of a distance."""
-        steps = half_life(max(anchored.strength for anchored in self.anchored))
-        return f"; at the peak rate it halves a distance in {steps:.0f} steps"
-
-    @torch.no_grad()
-    def _pull(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if skipped(optimizer):
-            return
-        for parameter, reference, strength, group in self.anchored:
-            peak = group.get("initial_lr", optimizer.defaults["lr"])
-            if parameter.grad is not None and peak > 0:
-                pull_(local(parameter), local(reference), strength * float(group["lr"]) / peak)
-
-
-class Penalty(Form):
-    """The loss J + strength * ||theta - theta_pre||^2 (L2-SP), as gradients that start at the penalty's."""
-
-    below_one = False
-    unit = "the factor of the squared distance"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._due = False
-        self._loss_scale = 1.0
-
-    def hooks(self, model: nn.Module, optimizer: Optimizer) -> list[RemovableHandle]:
-        """Seed the gradients before the first forward of a step."""
-        return [model.register_forward_pre_hook(self._seed)]
-
-    def begin_step(self, optimizer: Any, state: TrainerState) -> None:
-        """Note that the penalty is due; it enters at the first forward, when all that is due is open."""
-        self._due = True
-        scaler = getattr(optimizer, "scaler", None)
-        self._loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
-
-    def close(self) -> None:
-        """Remove the hooks. Safe to call twice."""
-        super().close()
-        self._due = False
-
-    def _seed(self, root: nn.Module, inputs: Any) -> None:
-        """Start the gradients of this step at the penalty's.
-
-        Backward passes add to them, on all ranks alike, so the penalty counts once a step under accumulation, is
-        averaged to itself by DDP, is clipped with the rest, and reaches a parameter that no backward reaches.
-        """
-        if not self._due or not root.training:
-            return
-        self._due = False
-        for parameter, reference, strength, _ in self.anchored:
-            if parameter.requires_grad:
-                gradient = penalty_gradient(parameter, reference, strength * self._loss_scale)
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-
-
 def skipped(optimizer: Optimizer) -> bool:
     """Return whether this step changes nothing: fused optimizers call their hooks when the gradient scaler skips."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and float(found_inf) != 0
-
-
-FORMS: dict[str, type[Form]] = {"decoupled": Decoupled, "penalty": Penalty}

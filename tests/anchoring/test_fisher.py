@@ -1,0 +1,288 @@
+"""The diagonal Fisher against loops written out, and against exact values."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from tests import tiny
+from tl_callbacks import group_layers
+from tl_callbacks.anchoring import Fisher, diagonal_fisher, load_fisher, save_fisher
+
+
+def texts(count: int = 12) -> list[dict[str, Tensor]]:
+    """Batches of 4 rows, every second one padded."""
+    rows = tiny.texts(count)
+    ids, labels = torch.tensor([r["input_ids"] for r in rows]), torch.tensor([r["labels"] for r in rows])
+    mask = torch.ones_like(ids)
+    mask[::2, 5:] = 0
+    return [
+        {"input_ids": ids[i : i + 4], "attention_mask": mask[i : i + 4], "labels": labels[i : i + 4]}
+        for i in range(0, count, 4)
+    ]
+
+
+def loop(model: nn.Module, batches: list[Any], negative: Any) -> dict[str, Tensor]:
+    """One backward a sample through `.grad`, squared and averaged."""
+    model.eval()
+    sums = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    count = 0
+    for batch in batches:
+        for row in range(len(batch["labels"] if isinstance(batch, dict) else batch[1])):
+            one = (
+                {key: value[row : row + 1] for key, value in batch.items()}
+                if isinstance(batch, dict)
+                else tuple(value[row : row + 1] for value in batch)
+            )
+            model.zero_grad()
+            negative(model, one).backward()
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    sums[name] += parameter.grad.square()
+            count += 1
+    model.zero_grad()
+    return {name: total / count for name, total in sums.items()}
+
+
+def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest deviation of a tensor relative to the size of all; refuses to compare nothing."""
+    scale = max(float(tensor.abs().max()) for tensor in theirs.values())
+    assert scale > 1e-6
+    assert set(ours) == set(theirs)
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs) / scale
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Dropout(0.5), nn.Linear(7, 3)).double()
+
+
+def mlp_batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(n, 5, generator=generator, dtype=torch.float64), torch.randint(0, 3, (n,), generator=generator))
+        for n in (6, 5)
+    ]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_it_is_the_loop_over_samples_for_a_text_model(dtype: torch.dtype, tolerance: float) -> None:
+    model = tiny.bert().to(dtype)
+    theirs = loop(model, texts(), lambda m, one: m(**one).loss)
+    ours = diagonal_fisher(model, texts())
+    assert worst(ours, theirs) < tolerance
+    assert ours.facts["gradients"] == "one backward a sample"
+    assert ours.facts["samples"] == 12
+    assert ours.facts["kind"] == "empirical"
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 100])
+def test_it_is_the_loop_over_samples_where_it_is_vectorised(chunk_size: int) -> None:
+    model = mlp()
+    theirs = loop(model, mlp_batches(), lambda m, one: functional.cross_entropy(m(one[0]), one[1]))
+    ours = diagonal_fisher(model, mlp_batches(), chunk_size=chunk_size)
+    assert worst(ours, theirs) < 1e-12
+    assert (ours.facts["gradients"] == "torch.func") is (chunk_size > 1)
+
+
+def test_a_vision_model_is_vectorised() -> None:
+    torch.manual_seed(0)
+    config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8)
+    config.patch_size, config.num_channels, config.num_labels = 4, 1, 3
+    model = ViTForImageClassification(config).double()
+    batch = {"pixel_values": torch.randn(6, 1, 8, 8).double(), "labels": torch.tensor([0, 1, 2, 0, 1, 2])}
+    theirs = loop(model, [batch], lambda m, one: m(**one).loss)
+    ours = diagonal_fisher(model, [batch])
+    assert ours.facts["gradients"] == "torch.func"
+    assert worst(ours, theirs) < 1e-12
+
+
+def test_the_square_of_a_batchs_gradient_is_another_quantity() -> None:
+    model = mlp().eval()
+    ours = diagonal_fisher(model, mlp_batches())
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for inputs, labels in mlp_batches():  # as avalanche's EWC accumulates it
+        model.zero_grad()
+        functional.cross_entropy(model(inputs), labels).backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None
+            sums[name] += p.grad.square() * len(labels)
+    theirs = {name: total / 11 for name, total in sums.items()}
+    assert worst(theirs, ours) > 0.1
+    assert sum(float(t.sum()) for t in theirs.values()) < 0.5 * sum(float(t.sum()) for t in ours.values())
+
+
+def test_sampled_labels_estimate_the_fisher_information() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3).double()
+    inputs = torch.randn(4, 3, dtype=torch.float64)
+    exact = torch.zeros(3, 3, dtype=torch.float64)
+    for x in inputs:
+        p = model(x).softmax(-1)
+        for label in range(3):
+            error = functional.one_hot(torch.tensor(label), 3) - p
+            exact += (p[label] * torch.outer(error, x).square()).detach() / 4
+    wrong = torch.zeros(4, dtype=torch.long)  # the data's labels, which the estimate must not depend on
+    many = [(inputs, wrong)] * 1000
+    ours = diagonal_fisher(model, many, labels="sampled", chunk_size=64)
+    given = diagonal_fisher(model, [(inputs, wrong)])
+    assert ours.facts["kind"] == "sampled"
+    assert float((ours["weight"] - exact).norm() / exact.norm()) < 0.08
+    assert float((given["weight"] - exact).norm() / exact.norm()) > 0.3
+    again = diagonal_fisher(model, many[:3], labels="sampled", seed=5)
+    assert torch.equal(diagonal_fisher(model, many[:3], labels="sampled", seed=5)["weight"], again["weight"])
+    assert not torch.equal(diagonal_fisher(model, many[:3], labels="sampled", seed=6)["weight"], again["weight"])
+
+
+SMALL: dict[str, Any] = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def language_models() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {
+        "masked": BertForMaskedLM(BertConfig(**SMALL, intermediate_size=8)),
+        "causal": LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=8)),
+        "sequence to sequence": T5ForConditionalGeneration(
+            T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", ["masked", "causal", "sequence to sequence"])
+def test_a_texts_tokens_are_one_sample(kind: str) -> None:
+    model = language_models()[kind].double()
+    ids = torch.randint(1, 20, (4, 6), generator=torch.Generator().manual_seed(2))
+    labels = ids.clone()
+    labels[:, 4:] = -100
+    labels[0] = -100  # a row that says nothing adds nothing
+    batch = {"input_ids": ids, "labels": labels}
+
+    def negative(m: Any, one: Any) -> Tensor:
+        terms = int((one["labels"][:, 1:] if kind == "causal" else one["labels"]).ne(-100).sum())
+        return m(**one).loss * terms if terms else 0 * m(**{**one, "labels": one["input_ids"]}).loss
+
+    theirs = loop(model, [batch], negative)
+    rows = [{key: value[row : row + 1] for key, value in batch.items()} for row in (1, 2, 3, 0)]
+    # transformers takes a language model's loss in float32
+    assert worst(diagonal_fisher(model, rows), theirs) < (1e-6 if kind == "causal" else 1e-12)
+    sampled = diagonal_fisher(model, rows, labels="sampled")
+    assert worst(sampled, theirs) > 1e-3
+    assert all(bool(tensor.isfinite().all()) for tensor in sampled.values())
+
+
+def test_targets_with_a_fraction_are_gaussian() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1).double()
+    inputs, targets = torch.randn(5, 3).double(), torch.randn(5).double()
+    ours = diagonal_fisher(model, [(inputs, targets)])
+    errors = (model(inputs).squeeze(-1) - targets).detach()
+    assert torch.allclose(ours["bias"], errors.square().mean()[None])
+    sampled = diagonal_fisher(model, [(inputs, targets)] * 400, labels="sampled", chunk_size=64)
+    assert float(sampled["bias"]) == pytest.approx(1.0, rel=0.1)  # the Fisher information of a Gaussian's mean
+
+
+def test_a_loss_of_ones_own() -> None:
+    model = tiny.bert().double()
+    theirs = loop(model, texts(), lambda m, one: 3 * m(**one).loss)
+    ours = diagonal_fisher(model, texts(), loss=lambda outputs, batch: 3 * outputs.loss)
+    assert worst(ours, theirs) < 1e-12
+
+
+def test_the_model_and_the_random_state_are_left_as_they_were() -> None:
+    model = tiny.bert()
+    model.train()
+    model.bert.embeddings.eval()
+    model.classifier.weight.requires_grad_(False)
+    model.classifier.bias.grad = torch.ones(3)
+    modes = [module.training for module in model.modules()]
+    before, random = tiny.state(model), torch.get_rng_state()
+    ours = diagonal_fisher(model, texts(), labels="sampled")
+    assert [module.training for module in model.modules()] == modes
+    assert not tiny.moved(before, tiny.state(model))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not model.classifier.weight.requires_grad
+    assert torch.equal(model.classifier.bias.grad, torch.ones(3))
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["classifier.bias"]
+    assert "classifier.weight" not in ours
+    frozen = diagonal_fisher(model, texts(), names=["classifier.weight"])
+    assert float(frozen["classifier.weight"].sum()) > 0
+
+
+def test_low_precision_adds_up_in_float32() -> None:
+    model = tiny.bert().bfloat16()
+    ours = diagonal_fisher(model, texts())
+    assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
+    theirs = loop(tiny.bert(), texts(), lambda m, one: m(**one).loss)
+    assert worst(ours, theirs) < 0.1
+
+
+def test_names_are_groups_parameters_and_samples_a_limit() -> None:
+    model = tiny.bert()
+    names = group_layers(model)["encoder.layer.1"].parameters
+    ours = diagonal_fisher(model, texts(), names=names, samples=6)
+    assert tuple(ours) == names
+    assert ours.facts["samples"] == 6
+    assert set(ours.facts["weights"]) == set(names)
+
+
+def test_a_file_holds_the_tensors_and_the_facts(tmp_path: Path) -> None:
+    ours = diagonal_fisher(mlp(), mlp_batches())
+    save_fisher(ours, tmp_path / "fisher.safetensors", data="noise")
+    loaded = load_fisher(tmp_path / "fisher.safetensors")
+    assert isinstance(loaded, Fisher)
+    assert loaded.facts == {**ours.facts, "data": "noise"}
+    assert all(torch.equal(loaded[name], ours[name]) for name in ours)
+    assert json.dumps(loaded.facts)
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="holds no Fisher information"):
+        load_fisher(tmp_path / "other.safetensors")
+
+
+class OtherLoss(nn.Module):
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.out(x)
+        return {"logits": logits, "loss": 7 + logits.sum()}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(3, 2)
+
+
+LINE = nn.Linear(3, 2)
+PAIR = (torch.ones(2, 3), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: diagonal_fisher(LINE, [PAIR], names=["weigth"]), "no parameter `weigth` .closest: `weight`"),
+        (lambda: diagonal_fisher(LINE, []), "gave no samples"),
+        (lambda: diagonal_fisher(LINE, [PAIR], labels="true"), "`labels` is 'true'"),  # type: ignore[arg-type]
+        (lambda: diagonal_fisher(LINE, [PAIR], labels="sampled", loss=lambda o, b: o.sum()), "draws from the logits"),
+        (lambda: diagonal_fisher(LINE, [PAIR], chunk_size=0), "`chunk_size` is 0"),
+        (lambda: diagonal_fisher(LINE, [(torch.ones(2, 3), torch.tensor([0]))]), "one row a sample"),
+        (lambda: diagonal_fisher(LINE, [(torch.ones(2, 3), torch.ones(2, 3))]), "do not go together"),
+        (lambda: diagonal_fisher(LINE, [(torch.full((2, 3), torch.nan), PAIR[1])]), "`weight` is not finite"),
+        (lambda: diagonal_fisher(OtherLoss(), [{"x": PAIR[0], "labels": PAIR[1]}]), "cross-entropy of its logits"),
+        (lambda: diagonal_fisher(OtherLoss(), [{"x": PAIR[0]}]), "no labels, only x"),
+        (lambda: diagonal_fisher(nn.Linear(3, 2, device="meta"), [PAIR]), "expected whole weights"),
+    ],
+)
+def test_what_cannot_be_is_refused(make: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make()

@@ -1,0 +1,58 @@
+"""The reference beside the tuned model: one module for both, which for one forward holds the reference's weights."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from tl_callbacks.parameters import parameters_by_name
+from tl_callbacks.reading.quiet import evaluating, random_states_kept
+
+
+def floating_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that training may move, such as BatchNorm's statistics, by name.
+
+    Example:
+        >>> list(floating_buffers(nn.BatchNorm1d(2)))
+        ['running_mean', 'running_var']
+    """
+    return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+
+
+@contextmanager
+def as_reference(
+    model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
+    """Let a model compute what it computed with other weights: in eval mode, without gradient.
+
+    The parameters stay the same objects and hold the other tensors meanwhile, so that whatever refers to them follows
+    (tied weights, an LSTM's flat list) and a graph that was recorded before keeps its own. After it weights, modes and
+    random states are what they were, by an exception too. Memory: nothing beside the weights given.
+
+    Args:
+        model: the model without wrappers; its parameters must not be sharded.
+        weights: normalised parameter name to tensor; the other parameters stay.
+        buffers: the same for buffers, by their names.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> with as_reference(model, {"weight": torch.tensor([[3.0]])}):
+        ...     model(torch.ones(1, 1))
+        tensor([[3.]])
+    """
+    parameters, own = parameters_by_name(model), floating_buffers(model)
+    pairs: list[tuple[Tensor, Tensor]] = [(parameters[name], tensor) for name, tensor in weights.items()]
+    pairs += [(own[name], tensor) for name, tensor in (buffers or {}).items() if name in own]
+    device = next(iter(parameters.values())).device
+    held = [tensor.data for tensor, _ in pairs]
+    with evaluating(model), random_states_kept(device, 0), torch.no_grad():
+        try:
+            torch.clear_autocast_cache()  # autocast keeps casts by parameter, whatever it holds
+            for tensor, other in pairs:
+                tensor.data = other.to(tensor)
+            yield
+        finally:
+            for (tensor, _), data in zip(pairs, held, strict=True):
+                tensor.data = data
+            torch.clear_autocast_cache()
