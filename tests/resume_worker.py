@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 
 from tests import tiny
+from tests.forgetting import memory
 from tl_callbacks import (
     GradualUnfreezing,
     LayerGroups,
@@ -31,6 +32,7 @@ from tl_callbacks import (
     slanted_triangular,
     staged,
 )
+from tl_callbacks.anchoring import sigmoid_annealing
 
 STEPS = 12
 HOLDING = "holding"
@@ -54,6 +56,13 @@ def unfreezing(schedule: Any, **kwargs: Any) -> Callable[[LayerGroups], list[Tra
 
 def anchoring(strength: float, form: Any) -> Callable[[LayerGroups], list[TrainerCallback]]:
     return lambda groups: [WeightAnchoring(strength, form=form)]
+
+
+def importance(groups: LayerGroups) -> dict[str, torch.Tensor]:
+    """An importance of each weight, the same at each start."""
+    model = tiny.bert(layers=2)
+    generator = torch.Generator().manual_seed(4)
+    return {name: torch.rand(p.shape, generator=generator) for name, p in model.named_parameters()}
 
 
 def probes(groups: LayerGroups) -> RepresentationProbes:
@@ -83,6 +92,15 @@ SETTINGS: dict[str, Setting] = {
     "keep frozen": Setting(unfreezing(at_steps([4, 5]), keep_frozen=["embeddings"]), (3, 4, 5, 6)),
     "decoupled": Setting(anchoring(0.05, "decoupled"), (1, 6, 11)),
     "penalty": Setting(anchoring(0.5, "penalty"), (1, 6, 11)),
+    "mixout": Setting(
+        anchoring(0.3, "mixout"), (1, 6, 11), overrides={"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
+    ),
+    "annealed": Setting(lambda groups: [WeightAnchoring(0.2, annealing=sigmoid_annealing(0.5, 0.5))], (1, 6, 11)),
+    "EWC": Setting(lambda groups: [WeightAnchoring(5.0, form="penalty", importance=importance(groups))], (1, 6, 11)),
+    "penalty, LoRA": Setting(anchoring(0.5, "penalty"), (1, 6, 11), lora=True),
+    "decoupled, LoRA": Setting(anchoring(0.2, "decoupled"), (6,), lora=True),
+    "features": Setting(anchoring(5.0, "features"), (1, 6, 11)),
+    "outputs": Setting(anchoring(50.0, "outputs"), (1, 6, 11)),
     "all together": Setting(
         lambda groups: [
             *unfreezing(OPENINGS, rates="own")(groups),
@@ -93,6 +111,15 @@ SETTINGS: dict[str, Setting] = {
     ),
     "LoRA": Setting(unfreezing(at_steps([4, 9])), (3, 4, 5, 8, 9, 10), lora=True),
     "probes": Setting(lambda groups: [*unfreezing(OPENINGS)(groups), probes(groups)], (4, 5, 6), overrides=EVALUATION),
+    "forgetting": Setting(
+        lambda groups: [*unfreezing(OPENINGS)(groups), memory.monitor()], (4, 5, 6), overrides=EVALUATION
+    ),
+    "forgetting, LoRA": Setting(
+        lambda groups: [*unfreezing(at_steps([4, 9]))(groups), memory.monitor()],
+        (5, 6),
+        lora=True,
+        overrides=EVALUATION,
+    ),
     "probes, LoRA": Setting(
         lambda groups: [*unfreezing(at_steps([4, 9]))(groups), probes(groups)], (5, 6), lora=True, overrides=EVALUATION
     ),

@@ -13,12 +13,14 @@ from transformers.trainer_callback import ExportableState
 
 import tl_callbacks
 from tests import tiny
+from tests.forgetting import memory
 from tl_callbacks import (
     GradualUnfreezing,
     Recorder,
     RepresentationProbes,
     Strategy,
     WeightAnchoring,
+    WeightInterpolation,
     at_steps,
     attach,
     group_layers,
@@ -31,11 +33,13 @@ EXPORTED = {
     if inspect.isclass(value) and issubclass(value, TrainerCallback)
 }
 MAKE: dict[str, Any] = {
+    "ForgettingMonitor": lambda groups: memory.monitor(),
     "GradualUnfreezing": lambda groups: GradualUnfreezing(groups, at_steps([3, 5, 7, 9])),
     "Recorder": lambda groups: Recorder(groups, {}),
     "RepresentationProbes": lambda groups: RepresentationProbes("eval", groups, reference_set=tiny.texts(20, seed=9)),
     "Strategy": lambda groups: Strategy("full", {}, "trains everything"),
     "WeightAnchoring": lambda groups: WeightAnchoring(0.05),
+    "WeightInterpolation": lambda groups: WeightInterpolation([1.0], groups=groups),
 }
 
 

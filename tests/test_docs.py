@@ -67,7 +67,7 @@ def trained(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_method_has_a_card_with_all_sections() -> None:
-    assert {card.parent.name for card in METHODS} == {"layerwise", "unfreezing", "anchoring", "probing"}
+    assert {card.parent.name for card in METHODS} == {"layerwise", "unfreezing", "anchoring", "probing", "forgetting"}
     for card in METHODS:
         text = card.read_text()
         for section in (

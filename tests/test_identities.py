@@ -9,6 +9,7 @@ import torch
 from transformers.training_args import OptimizerNames
 
 from tests import tiny
+from tests.forgetting import memory
 from tl_callbacks import (
     GradualUnfreezing,
     NoEffectWarning,
@@ -19,6 +20,7 @@ from tl_callbacks import (
     group_layers,
     layerwise_optimizer,
 )
+from tl_callbacks.anchoring import sigmoid_annealing
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -45,12 +47,18 @@ def train(
         "unfreezing, own rates": [GradualUnfreezing(groups, at_steps([0] * (len(groups) - 1)), rates="own")],
         "decoupled": [WeightAnchoring(0.0)],
         "penalty": [WeightAnchoring(0.0, form="penalty")],
+        "mixout": [WeightAnchoring(0.0, form="mixout")],
+        "annealing": [WeightAnchoring(0.0, annealing=sigmoid_annealing(0.1, 4))],
+        "features": [WeightAnchoring(0.0, form="features")],
+        "outputs": [WeightAnchoring(0.0, form="outputs")],
         "probes": [RepresentationProbes("eval", groups, reference_set=tiny.texts(20, seed=9))],
         "probes, a pass of their own": [RepresentationProbes(tiny.texts(20, seed=8), groups, pooling="last")],
+        "forgetting": [memory.monitor()],
         "all": [
             GradualUnfreezing(groups, at_steps([0] * (len(groups) - 1)), rates="own"),
             WeightAnchoring(0.0),
             RepresentationProbes("eval", groups),
+            memory.monitor(),
         ],
     }.get(neutral or "", [])
     trainer = tiny.trainer(model, args, callbacks=callbacks, **kwargs)
@@ -69,8 +77,11 @@ NEUTRAL = [
     "unfreezing, own rates",
     "decoupled",
     "penalty",
+    "features",
+    "outputs",
     "probes",
     "probes, a pass of their own",
+    "forgetting",
     "all",
 ]
 

@@ -3,11 +3,12 @@
 Put `attach(trainer)` before `trainer.train()`. The names below are the public ones.
 """
 
-from tl_callbacks.anchoring import WeightAnchoring
+from tl_callbacks.anchoring import WeightAnchoring, WeightInterpolation
 from tl_callbacks.attach import attach
 from tl_callbacks.checkpoints import last_complete_checkpoint
 from tl_callbacks.discovery import group_layers
 from tl_callbacks.errors import NoEffectWarning, PreflightWarning
+from tl_callbacks.forgetting import ForgettingMonitor, LanguageModelling, Retrieval, SourceTask, TaskMatrix
 from tl_callbacks.groups import LayerGroup, LayerGroups
 from tl_callbacks.layerwise import LayerwiseOptimizer, layerwise_optimizer, rates_from_drift
 from tl_callbacks.loss_scale import ignores_item_count
@@ -32,7 +33,9 @@ from tl_callbacks.unfreezing import (
 
 __all__ = [
     "STRATEGIES",
+    "ForgettingMonitor",
     "GradualUnfreezing",
+    "LanguageModelling",
     "LayerGroup",
     "LayerGroups",
     "LayerwiseOptimizer",
@@ -41,10 +44,14 @@ __all__ = [
     "PreflightWarning",
     "Recorder",
     "RepresentationProbes",
+    "Retrieval",
+    "SourceTask",
     "Strategy",
+    "TaskMatrix",
     "UnfreezePlan",
     "UnfreezeSchedule",
     "WeightAnchoring",
+    "WeightInterpolation",
     "adapt",
     "add_to_recipe",
     "at_fractions",

@@ -17,6 +17,7 @@ from tests.distributed.worker import (
     OPENINGS,
     PLANTED,
     PLANTS,
+    PROBES,
     RESUMED,
     STEPS,
 )
@@ -147,7 +148,7 @@ def test_the_ranks_equal_one_process_with_the_same_global_batches(name: str, lay
             assert rank["trainable"] == single["trainable"]
 
 
-PROBING = [(name, layout) for name, layout in SEVERAL if "probes" in name and CELLS[name].broken is None]
+PROBING = [(name, layout) for name, layout in SEVERAL if CELLS[name].callbacks is PROBES and not CELLS[name].broken]
 
 
 @pytest.mark.parametrize(("name", "layout"), PROBING)
@@ -158,6 +159,23 @@ def test_probes_measure_on_several_ranks_what_they_measure_on_one(name: str, lay
     for rank in runs.ranks(name, layout):
         assert [list(entry) for entry in rank["measured"]] == [list(entry) for entry in single]
         for entry, expected in zip(rank["measured"], single, strict=True):
+            assert entry == pytest.approx(expected, abs=1e-6)
+
+
+FORGETTING = [(name, layout) for name, layout in SEVERAL if "forgetting" in name and CELLS[name].broken is None]
+
+
+@pytest.mark.parametrize(("name", "layout"), FORGETTING)
+def test_several_ranks_have_forgotten_what_one_has(name: str, layout: str, runs: Runs) -> None:
+    single = runs.single(CELLS[name].like or name)
+    assert [entry["step"] for entry in single["forgotten"]] == [4, 8, STEPS]
+    assert {"source", "source_reprobed", "retrieval", "language"} == {*single["baseline"][0]}
+    for key in ("forgetting/language", "forgetting/language_kl", "retention/retrieval"):
+        assert len({entry[f"tl/{key}"] for entry in single["forgotten"]}) > 1, "the control must move"
+    for rank in runs.ranks(name, layout):
+        assert rank["forgotten"] == runs.ranks(name, layout)[0]["forgotten"], "every rank logs the same"
+        assert rank["baseline"][0] == pytest.approx(single["baseline"][0], abs=1e-9)
+        for entry, expected in zip(rank["forgotten"], single["forgotten"], strict=True):
             assert entry == pytest.approx(expected, abs=1e-6)
 
 

@@ -25,10 +25,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests import tiny
 from tl_callbacks import (
+    ForgettingMonitor,
     GradualUnfreezing,
+    LanguageModelling,
     LayerGroups,
     PreflightWarning,
     RepresentationProbes,
+    Retrieval,
+    SourceTask,
     WeightAnchoring,
     at_steps,
     attach,
@@ -38,6 +42,7 @@ from tl_callbacks import (
     schedule_from_probes,
     slanted_triangular,
 )
+from tl_callbacks.anchoring import sigmoid_annealing
 from tl_callbacks.dtensors import local, reshard, whole
 from tl_callbacks.parameters import parameters_by_name
 from tl_callbacks.unfreezing import callback
@@ -50,7 +55,7 @@ OPENINGS = [3, 6, 9]
 FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}
 RESUMED = ("1 rank", "2 ranks", "FSDP2")
 PLANTED = ("2 ranks", "4 ranks", "HSDP")
-STRENGTH = {"decoupled": 0.05, "penalty": 0.5}
+STRENGTH = {"decoupled": 0.05, "penalty": 0.5, "features": 2.0, "outputs": 20.0}
 
 Callbacks = Callable[[LayerGroups, int], list[TrainerCallback]]
 
@@ -191,6 +196,23 @@ PROBES: Callbacks = lambda g, n: [  # noqa: E731
     unfreezing(g, n),
     RepresentationProbes("eval", g, reference_set=tiny.texts(21, seed=9)),
 ]
+
+
+def remembered() -> ForgettingMonitor:
+    """Three measures of numbers of rows that no number of ranks divides; what random weights score serves as well."""
+    ids = [row["input_ids"][: 3 + n % 5] for n, row in enumerate(tiny.texts(23, seed=9))]
+    torch.manual_seed(5)
+    masked = [{"input_ids": row, "labels": [-100, row[1], *[-100] * (len(row) - 2)]} for row in ids]
+    return ForgettingMonitor(
+        [
+            LanguageModelling(masked, kind="masked", head=nn.Linear(16, 50).double(), kl_tokens=11),
+            SourceTask(tiny.texts(21, seed=9)),
+            Retrieval([({"input_ids": row[:3]}, {"input_ids": row}) for row in ids]),
+        ]
+    )
+
+
+FORGETTING: Callbacks = lambda g, n: [unfreezing(g, n), remembered()]  # noqa: E731
 # 16 rows in batches of 6, so that the last ones are filled up with rows that must not count twice
 PROBED = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 6}
 THREE = tuple(OPENINGS)
@@ -247,6 +269,10 @@ CELLS: dict[str, Cell] = {
     "unfreezing and probes, another start on each rank": Cell(
         PROBES, PROBED, openings=THREE, seeded_by_rank=True, like="unfreezing and probes"
     ),
+    "unfreezing and forgetting": Cell(FORGETTING, PROBED, openings=THREE),
+    "unfreezing and forgetting, another start on each rank": Cell(
+        FORGETTING, PROBED, openings=THREE, seeded_by_rank=True, like="unfreezing and forgetting"
+    ),
     "unfreezing and decoupled": Cell(
         lambda g, n: [unfreezing(g, n), WeightAnchoring(STRENGTH["decoupled"])], openings=THREE
     ),
@@ -293,6 +319,26 @@ CELLS: dict[str, Cell] = {
 }
 
 
+def compared(form: Any, factor: float = 1.0) -> Callbacks:
+    """An anchor that compares each batch with the reference's forward."""
+    return lambda g, n: [WeightAnchoring(STRENGTH[form] * factor, form=form)]
+
+
+for _form in ("features", "outputs"):
+    _whole = f"{_form}, double batch"
+    CELLS[_form] = Cell(compared(_form), SGD)
+    CELLS[_whole] = Cell(compared(_form), SGD, batch=16)
+    CELLS[f"{_form}, accumulation"] = Cell(compared(_form), {**SGD, **ACCUMULATION}, like=_whole)
+    CELLS[f"{_form}, activation checkpointing"] = Cell(compared(_form), {**SGD, **CHECKPOINTING}, like=_form)
+    CELLS[f"{_form}, another start on each rank"] = Cell(compared(_form), SGD, seeded_by_rank=True, like=_form)
+    CELLS[f"{_form}, a micro-batch's mean"] = Cell(
+        compared(_form, 4.0), {**SGD, **ACCUMULATION}, like=_whole, broken="single"
+    )
+    CELLS[f"{_form} and unfreezing"] = Cell(
+        lambda g, n, form=_form: [unfreezing(g, n), WeightAnchoring(STRENGTH[form], form=form)], SGD, openings=THREE
+    )
+
+
 class Apart(TrainerCallback):
     """Logs at each evaluation what improves on the first rank and stands still on the others."""
 
@@ -322,6 +368,29 @@ CELLS["probes that differ by rank"] = Cell(
 )
 
 
+def importance() -> dict[str, torch.Tensor]:
+    """An importance of each weight, the same on all ranks."""
+    generator = torch.Generator().manual_seed(4)
+    named = tiny.bert(layers=2).named_parameters()
+    return {name: torch.rand(p.shape, generator=generator, dtype=torch.float64) for name, p in named}
+
+
+ANNEALED: Callbacks = lambda g, n: [WeightAnchoring(0.2, annealing=sigmoid_annealing(0.5, 6))]  # noqa: E731
+MIXOUT: Callbacks = lambda g, n: [WeightAnchoring(0.3, form="mixout")]  # noqa: E731
+SHARDED = ("1 rank", "2 ranks", "FSDP2")
+CELLS["EWC"] = Cell(lambda g, n: [WeightAnchoring(5.0, form="penalty", importance=importance())], SGD, layouts=SHARDED)
+CELLS["annealed"] = Cell(ANNEALED, layouts=SHARDED)
+CELLS["mixout"] = Cell(MIXOUT, SGD)
+CELLS["mixout, double batch"] = Cell(MIXOUT, SGD, batch=16)
+CELLS["mixout, accumulation"] = Cell(MIXOUT, {**SGD, **ACCUMULATION}, like="mixout, double batch")
+CELLS["mixout, another mask on each rank"] = Cell(
+    MIXOUT, {**SGD, "seed": int(os.environ.get("RANK", "0"))}, like="mixout", broken="single"
+)
+CELLS["unfreezing and mixout"] = Cell(lambda g, n: [unfreezing(g, n), *MIXOUT(g, n)], SGD, openings=THREE)
+CELLS["penalty, LoRA"] = Cell(PENALTY, SGD, model="lora", layouts=SHARDED)
+CELLS["decoupled, LoRA"] = Cell(lambda g, n: [WeightAnchoring(0.2)], model="lora", layouts=SHARDED)
+
+
 # The parity matrix of the method card: every layout trains each of these, and each has its remedy switched off once.
 MATRIX = (
     "unfreezing",
@@ -333,6 +402,7 @@ MATRIX = (
     "unfreezing, accumulation",
     "unfreezing, evaluation",
     "unfreezing and probes",
+    "unfreezing and forgetting",
 )
 CELLS["unfreezing, reentrant checkpointing"] = Cell(GRADUAL, REENTRANT, openings=THREE)
 for _name in MATRIX:
@@ -359,6 +429,9 @@ CELLS["probes, weights read by the first rank"] = Cell(
     seeded_by_rank=True,
     like="unfreezing and probes",
     layouts=("FSDP2",),
+)
+CELLS["forgetting, weights read by the first rank"] = replace(
+    CELLS["probes, weights read by the first rank"], callbacks=FORGETTING, like="unfreezing and forgetting"
 )
 for _name in ("second training", "decoupled", "own rates, layer-wise decay", "all together"):
     CELLS[_name] = replace(CELLS[_name], layouts=("1 rank", "2 ranks", "FSDP2"))
@@ -469,6 +542,12 @@ def facts(trainer: Trainer, witness: Witness, start: dict[str, torch.Tensor]) ->
             for entry in trainer.state.log_history
             if any(key.startswith("tl/effective_rank") for key in entry)
         ],
+        "forgotten": [
+            {key: value for key, value in entry.items() if key == "step" or key.startswith("tl/")}
+            for entry in trainer.state.log_history
+            if any(key.startswith("tl/forgetting") for key in entry)
+        ],
+        "baseline": [event["baseline"] for event in events.read(trainer.state.log_history, "forgetting")],
         "reduced": next((c.numels for c in trainer.callback_handler.callbacks if isinstance(c, CommHook)), None),
     }
 

@@ -13,8 +13,10 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from tests.trainers.words import Steps, assert_left_as_found, bert_folder, check_openings, texts
 from tl_callbacks import (
+    ForgettingMonitor,
     GradualUnfreezing,
     PreflightError,
+    Retrieval,
     WeightAnchoring,
     at_steps,
     attach,
@@ -24,6 +26,8 @@ from tl_callbacks import (
     slanted_triangular,
     staged,
 )
+from tl_callbacks.anchoring import feature_distance
+from tl_callbacks.forgetting import recall_at
 from tl_callbacks.losses import loss_parameters
 
 pytest.importorskip("sentence_transformers", reason="tests of its trainers")
@@ -261,3 +265,62 @@ def test_a_dense_layer_above_the_encoder_does_not_hide_its_layers(tmp_path: Path
         assert groups.names == ("embeddings", *reversed(OPENINGS), "head")
         assert groups["head"].parameters == (f"{above + 1}.linear.weight", f"{above + 1}.linear.bias")
     assert group_layers(embedder(tmp_path)).names == ("embeddings", *reversed(OPENINGS))
+
+
+@pytest.mark.parametrize("loss", ["no weights", "weights"])
+def test_features_are_kept_where_the_texts_are(loss: str, tmp_path: Path) -> None:
+    model, old = embedder(tmp_path), embedder(tmp_path)
+    with torch.no_grad():
+        for parameter in old.parameters():
+            parameter.mul_(1.5)
+    columns = {"anchor": [*texts(4, length=2), *texts(4, length=5)], "positive": texts(8, seed=2)}
+    data = Dataset.from_dict({**columns, **({"label": [0, 1] * 4} if loss == "weights" else {})})
+    args = arguments(tmp_path, per_device_train_batch_size=8, max_steps=1, learning_rate=0.0)
+    reference = {name: p.detach().clone() for name, p in old.named_parameters()}
+    anchor = WeightAnchoring(1.0, form="features", reference=reference)
+    made = SentenceTransformerTrainer(model, args, train_dataset=data, loss=LOSSES[loss][0](model), callbacks=[anchor])
+    attach(made)
+    # Dropout would tell the forwards apart.
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
+    made.train()
+    (entry,) = (e for e in made.state.log_history if "tl/anchor/features/0.model.encoder.layer.1" in e)
+    expected = []
+    for column in columns.values():
+        batch = model.preprocess(column)
+        with torch.no_grad():
+            kept = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            ours, theirs = (m.eval()[0].model(**kept, output_hidden_states=True).hidden_states[2] for m in (model, old))
+        expected.append(float(feature_distance(ours, theirs, kept["attention_mask"] != 0)))
+    assert entry["tl/anchor/features/0.model.encoder.layer.1"] == pytest.approx(sum(expected) / 2, rel=1e-4)
+    assert expected[0] > 0
+
+
+def test_a_loss_whose_graph_is_made_in_the_backward_pass_is_refused(tmp_path: Path) -> None:
+    model = embedder(tmp_path)
+    cached = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=2)
+    anchor = WeightAnchoring(1.0, form="features")
+    made = SentenceTransformerTrainer(
+        model, arguments(tmp_path), train_dataset=pairs(), loss=cached, callbacks=[anchor]
+    )
+    attach(made)
+    with pytest.raises(RuntimeError, match="without a call of SentenceTransformer that records a gradient"):
+        made.train()
+
+
+def test_what_an_embedding_model_has_forgotten_of_retrieval(tmp_path: Path) -> None:
+    held = [(text, f"{text} {text}") for text in dict.fromkeys(texts(40, length=4))]
+    model = embedder(tmp_path, Dense(16, 16))
+    expected = recall_at(*(model.encode([pair[side] for pair in held], convert_to_tensor=True) for side in (0, 1)))
+    monitor = ForgettingMonitor(Retrieval(held))
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=3)
+    made = trainer(tmp_path, model=model, args=args, callbacks=[monitor], eval_dataset=labelled())
+    attach(made)
+    made.train()
+    assert monitor.facts()["measures"]["retrieval"]["before"] == pytest.approx(float(expected.mean()))
+    assert float(expected.mean()) > 0.3
+    now = recall_at(*(model.encode([pair[side] for pair in held], convert_to_tensor=True) for side in (0, 1)))
+    assert monitor.facts()["retention"] == pytest.approx(float(now.mean() / expected.mean()))

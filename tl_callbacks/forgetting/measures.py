@@ -1,0 +1,84 @@
+"""What every measure of forgetting has: a name, rows, and a way to read them in a model."""
+
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from tl_callbacks.forgetting.readings import Reading
+from tl_callbacks.groups import LayerGroups
+from tl_callbacks.probing.passes import Part
+
+
+class Measure:
+    """One thing that the pretrained model could do.
+
+    A measure reads its rows in a model, each rank a share of them, and scores what all ranks have read together.
+
+    Args:
+        name: under which its values are logged.
+        max_rows: rows that are kept, drawn at random.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: the name is empty or has a slash, or `max_rows` is below 2.
+
+    Example:
+        >>> Measure("language", max_rows=10, seed=0).name
+        'language'
+    """
+
+    def __init__(self, name: str, *, max_rows: int, seed: int) -> None:
+        if not name or "/" in name:
+            raise ValueError(f"`name` is {name!r}; expected a word without a slash, as it is part of what is logged.")
+        if max_rows < 2:
+            raise ValueError(f"`max_rows` is {max_rows}; expected 2 or more.")
+        self.name = name
+        self.max_rows = max_rows
+        self.seed = seed
+
+    @property
+    def definitions(self) -> dict[str, str]:
+        """What each value is that it may give, and what retention of it means, by name."""
+        return {self.name: ""}
+
+    @property
+    def rows(self) -> int:
+        """How many rows it reads, once prepared."""
+        raise NotImplementedError
+
+    def findings(self, trainer: Trainer) -> list[str]:
+        """Return what would go wrong with this trainer, one text a finding; empty if nothing."""
+        try:
+            self.prepare(trainer)
+        except (TypeError, ValueError) as error:
+            return [f"{self.name}: {error}"]
+        return []
+
+    def prepare(self, trainer: Trainer) -> None:
+        """Take the rows as the model will be given them.
+
+        Raises:
+            TypeError: the data set has no length or no rows by number.
+            ValueError: the model or the rows do not suit.
+        """
+        raise NotImplementedError
+
+    def read(self, model: nn.Module, groups: LayerGroups, *, base: bool, rank: int, ranks: int) -> Part:
+        """Return this rank's share of the rows, as the model sees them.
+
+        Args:
+            model: the model without a wrapper.
+            groups: its layer groups.
+            base: whether it is the pretrained one, to which later ones are compared.
+            rank: number of this process.
+            ranks: how many share the rows.
+        """
+        raise NotImplementedError
+
+    def score(self, part: Part) -> dict[str, Reading]:
+        """Return what the rows of all ranks say, by name."""
+        raise NotImplementedError
+
+    kept: Any = None
+    """What `read` of the pretrained model keeps for later, beside what it returns."""

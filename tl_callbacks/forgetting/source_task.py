@@ -1,0 +1,185 @@
+"""The task that the model was trained on before: by its own head, and by a new linear probe on the features."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from tl_callbacks.forgetting.measures import Measure
+from tl_callbacks.forgetting.models import head_replaced, logits_in, own_head_finding
+from tl_callbacks.forgetting.readings import Reading
+from tl_callbacks.groups import LayerGroups
+from tl_callbacks.probing.capture import Batch, Capture
+from tl_callbacks.probing.evaluation import Collate, resolved, source_of
+from tl_callbacks.probing.linear_probe import held_out_ridge
+from tl_callbacks.probing.measures import FOLDS, narrow
+from tl_callbacks.probing.passes import Part
+from tl_callbacks.probing.rows import Source, Step, called, forwards
+from tl_callbacks.probing.scores import classes_of, moments_of_folds, stratified_folds
+from tl_callbacks.probing.targets import LABELS, LEAST, as_targets
+from tl_callbacks.reading.pooling import Pooling
+
+Score = Callable[[Tensor, Tensor], Tensor]
+
+
+class SourceTask(Measure):
+    """Accuracy on the source task by its own head, and of a probe that is fitted anew on the features below.
+
+    The first falls where features are lost and where they have merely moved away from the head (head drift); the
+    second where they are lost alone. So what the two differ by can be had back by a new head. Rows are made into
+    batches by the Trainer's collator. The probe is a ridge probe by 5 folds, the same ones each time, of what the head
+    is given. Retention is now / base.
+
+    Args:
+        rows: of the source task, with its labels, -100 none; or the name of one of the Trainer's evaluation sets.
+        head: the source task's head, which takes what the model's own head takes; None: the model's own, where that is
+            still the source task's.
+        classes: those among which the head chooses, where it has others too; None: all.
+        score: from logits and labels one number a row, 0 or more, higher is better; None: accuracy.
+        pooling: of the features for the probe: "mean", "first" or "last".
+        collate: makes a batch of rows; None: the Trainer's collator.
+        max_rows: rows that are read, drawn at random.
+        seed: of rows and folds.
+        name: under which it is logged; the probe's ends in `_reprobed`.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Example:
+        >>> SourceTask([{"input_ids": [1], "labels": 0}], classes=[0, 1])
+        SourceTask(rows=1, own_head=True)
+
+    References:
+        Davari et al., "Probing Representation Forgetting in Supervised and Unsupervised Continual Learning", CVPR 2022.
+        https://arxiv.org/abs/2203.13381
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        *,
+        head: nn.Module | None = None,
+        classes: Sequence[int] | None = None,
+        score: Score | None = None,
+        pooling: Pooling = "mean",
+        collate: Collate | None = None,
+        max_rows: int = 2000,
+        seed: int = 0,
+        name: str = "source",
+    ) -> None:
+        super().__init__(name, max_rows=max_rows, seed=seed)
+        if classes is not None and len(set(classes)) < 2:
+            raise ValueError(f"`classes` are {list(classes)}; expected two or more to choose among, or None for all.")
+        self.given = rows
+        self.head = head
+        self.classes = classes
+        self.own_score = score
+        self.pooling = pooling
+        self.collate = collate
+        self._source: Source | None = None
+
+    def __repr__(self) -> str:
+        rows = repr(self.given) if isinstance(self.given, str) else len(self.given)
+        return f"SourceTask(rows={rows}, own_head={self.head is None})"
+
+    @property
+    def definitions(self) -> dict[str, str]:
+        """The head's and the probe's."""
+        what = "accuracy" if self.own_score is None else "score"
+        return {
+            self.name: f"{what} by the source task's head; retention: now / before",
+            f"{self.name}_reprobed": "accuracy of a new linear probe on the features; retention: now / before",
+        }
+
+    @property
+    def rows(self) -> int:
+        """Rows that are read."""
+        return len(self._source.places) if self._source is not None else 0
+
+    def findings(self, trainer: Trainer) -> list[str]:
+        """Return what would go wrong: rows that cannot be read, a head that trains."""
+        return super().findings(trainer) + own_head_finding(trainer, self.head, self.name)
+
+    def prepare(self, trainer: Trainer) -> None:
+        """Take the rows."""
+        dataset = resolved(trainer, self.given)
+        self._source = source_of(trainer, dataset, self.max_rows, self.seed, collate=self.collate)
+
+    def read(self, model: nn.Module, groups: LayerGroups, *, base: bool, rank: int, ranks: int) -> Part:
+        """Return hits by the head, and features, of this rank's rows."""
+        assert self._source is not None
+        names, hits, features, labels = self._source.label_names, [], [], []
+
+        def take(step: Step) -> None:
+            truth = next((step.batch[name] for name in (*names, *LABELS) if step.batch.get(name) is not None), None)
+            if truth is None:
+                raise ValueError(f"{self.name}: the rows have no labels. Expected the source task's, as integers.")
+            hits.append(self._hits(logits_in(step.output).cpu(), truth.cpu()))
+            features.append(_top(seen.pop() if seen else Batch({}, {}), groups))
+            labels.append(truth.cpu().reshape(len(truth), -1))
+
+        seen: list[Batch] = []
+        call = lambda batch: called(model, batch, labels=False)  # noqa: E731
+        with Capture(model, groups, seen.append, pooling=self.pooling), head_replaced(model, groups, self.head):
+            places, kept = forwards(model, self._source, take, call=call, seed=self.seed, rank=rank, ranks=ranks)
+        single = all(part.shape[1] == 1 for part in labels)
+        found = {"hits": torch.cat(hits)[kept], "features": torch.cat(features)[kept].double()}
+        return Part(places[kept], found, torch.cat(labels)[kept, 0] if single else None)
+
+    def score(self, part: Part) -> dict[str, Reading]:
+        """Return the accuracy of the head and of the probe, over the rows of all ranks."""
+        hits, counts = part.features["hits"].unbind(1)
+        chance = _chance(part.labels) if self.own_score is None else 0.0
+        found = {self.name: Reading(hits, counts, "score", chance)}
+        targets = as_targets(part.labels)
+        if part.labels is None or targets is None or part.labels.is_floating_point() or int(targets[1].sum()) < LEAST:
+            return found
+        again = _reprobed(narrow(part.features["features"]), targets[0]["task"], targets[1], seed=self.seed)
+        return {**found, f"{self.name}_reprobed": Reading(*again, "score", _chance(part.labels))}
+
+    def _hits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return by row the sum of scores and how many labels count, (rows, 2)."""
+        if self.own_score is not None:
+            scores = self.own_score(logits, labels).double()
+            return torch.stack([scores, torch.ones_like(scores)], 1)
+        labels = labels[:, 0] if labels.ndim == logits.ndim and labels.shape[1:] == (1,) else labels
+        if labels.is_floating_point() or labels.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"{self.name}: labels of shape {tuple(labels.shape)} and dtype {labels.dtype} are no classes of logits "
+                f"of shape {tuple(logits.shape)}. Expected an integer for each; give `score` for another metric."
+            )
+        if self.classes is not None:
+            others = torch.ones(logits.shape[-1], dtype=torch.bool)
+            others[list(self.classes)] = False
+            logits = logits.masked_fill(others, -torch.inf)
+        counts = (labels >= 0).reshape(len(labels), -1)
+        right = (logits.argmax(-1) == labels).reshape(len(labels), -1) & counts
+        return torch.stack([right.sum(1), counts.sum(1)], 1).double()
+
+
+def _top(batch: Batch, groups: LayerGroups) -> Tensor:
+    """Return what the head is given; of a model without one what its uppermost group gives."""
+    if not batch.features:
+        raise ValueError("no layer group gave a vector a row. Give ForgettingMonitor groups whose modules are called.")
+    name = groups.head if groups.head in batch.features else list(batch.features)[-1]
+    return batch.features[name].cpu()
+
+
+def _reprobed(features: Tensor, labels: Tensor, rows: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Return hits of held-out probes and ones, by row; 0 and 0 where a row has no label."""
+    kept = features[rows]
+    fold, kinds = stratified_folds(labels, FOLDS, seed=seed), classes_of({"task": labels})
+    parts = moments_of_folds(kept, {"task": labels}, fold, FOLDS, kinds)
+    scores = held_out_ridge(parts, kept, fold)["task"]
+    right = (scores.argmax(1) == labels) & scores.isfinite().all(1)
+    hits, counts = torch.zeros(len(rows), dtype=torch.float64), rows.double()
+    hits[rows] = right.double()
+    return hits, counts
+
+
+def _chance(labels: Tensor | None) -> float:
+    """Return the share of the most frequent class."""
+    known = labels[labels >= 0] if labels is not None and not labels.is_floating_point() else None
+    return float(torch.bincount(known).max()) / len(known) if known is not None and len(known) else 0.0
