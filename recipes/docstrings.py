@@ -4,24 +4,15 @@ The texts are read from packages that are installed anyway, with `ast` and witho
 Near-duplicates never sit on both sides of the split, so a test score measures more than memory.
 """
 
-import ast
-import hashlib
-import importlib.util
 import json
-import os
 import random
 import re
-import sysconfig
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from itertools import zip_longest
-from pathlib import Path
 
-import scipy.sparse
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from prose import content_hash, package_folder, plain_sentence, read_docstrings, similarities
 from scipy.sparse.csgraph import connected_components
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 PACKAGES = (
     "torch",
@@ -35,19 +26,8 @@ PACKAGES = (
     "python",
 )
 
-# Tests, and copies of other packages' code, which would carry the wrong label.
-SKIPPED_FOLDERS = re.compile(
-    r"tests?|_?testing|idlelib|lib2to3|(site|dist)-packages"
-    r"|_?externals?|_vendor(ed)?|vendored_templates|array_api_(compat|extra)"
-)
 # What else gives a package away: regular expressions.
 OTHER_NAMES = {"transformers": ("hugging ?face", "🤗"), "sklearn": ("scikit-?learn",)}
-
-ROLE_OR_QUOTE = re.compile(r":[\w:]+:`[~!]?([^`<]*)[^`]*`|\[\w+\]_|`")
-MARKUP = re.compile(
-    r">>>|:\w+[ :]|\):|@|::|--|==|\.\. |https?:|[{}\\$|]"
-    r"|\b(?:Args|Arguments|Returns?|Parameters|Raises|Examples?|Notes?|Usage):"
-)
 
 
 def load_docstrings(
@@ -96,7 +76,7 @@ def load_docstrings(
             f"`max_files` is {max_files} and `threshold` is {threshold}; expected 1 or more, and a "
             "threshold in (0, 1]. Leave an argument out to have its default."
         )
-    folders = {package: folder for package in packages if (folder := _package_folder(package))}
+    folders = {package: folder for package in packages if (folder := package_folder(package))}
     names = list(folders)
     if len(names) < 2:
         raise ValueError(
@@ -107,12 +87,12 @@ def load_docstrings(
     pattern = _name_pattern(names)
     owners, spelling = defaultdict(set), {}
     for label, folder in enumerate(folders.values()):
-        for docstring in _read_docstrings(folder, max_files):
-            if text := _clean(docstring, pattern):
+        for docstring in read_docstrings(folder, max_files):
+            if text := plain_sentence(docstring.strip().split("\n\n")[0], pattern):
                 owners[text.lower()].add(label)
                 spelling.setdefault(text.lower(), text)
     # In the order of their hashes, which mixes the packages.
-    texts = sorted((spelling[key] for key, labels in owners.items() if len(labels) == 1), key=_hash)
+    texts = sorted((spelling[key] for key, labels in owners.items() if len(labels) == 1), key=content_hash)
     labels = [min(owners[text.lower()]) for text in texts]
 
     clusters = {split: {} for split in counts}
@@ -139,7 +119,7 @@ def load_docstrings(
             "cluster": [clusters[split][row] for row in rows],
         }
         dataset = Dataset.from_dict(columns, features=features)
-        content = _hash(json.dumps([names, columns]))
+        content = content_hash(json.dumps([names, columns]))
         splits[split] = dataset.select(range(len(rows)), new_fingerprint=content)
     return splits
 
@@ -186,35 +166,6 @@ def draw(train: Dataset, n: int, seed: int) -> Dataset:
     return train.select(turns[:n])
 
 
-def similarities(texts: list[str], *, threshold: float) -> scipy.sparse.csr_matrix:
-    """Return the similarity of each two texts, where it is `threshold` or more.
-
-    The cosine between counts of four-character pieces, words padded with spaces. The counts are
-    not weighted by rarity, so that the similarity of two texts depends on these two only.
-
-    Args:
-        texts: N texts.
-        threshold: similarities below it are left out.
-
-    Returns:
-        Symmetric and sparse, in [0, 1], 1 on the diagonal, shape (N, N).
-
-    Example:
-        >>> texts = ["sort the rows of a table", "Sort the row of a table", "open a file"]
-        >>> similarities(texts, threshold=0.65).toarray().round(1).tolist()
-        [[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]]
-    """
-    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(4, 4), use_idf=False)
-    pieces = vectorizer.fit_transform(texts)
-    blocks = []
-    for start in range(0, len(texts), 1000):  # the whole product is almost dense
-        block = pieces[start : start + 1000] @ pieces.T
-        block.data[block.data < threshold] = 0
-        block.eliminate_zeros()
-        blocks.append(block)
-    return scipy.sparse.vstack(blocks, format="csr")
-
-
 def _split_clusters(
     texts: list[str],
     labels: list[int],
@@ -227,7 +178,7 @@ def _split_clusters(
     for row, component in enumerate(components):
         members[component].append(row)
     # The hash of the whole cluster: the smallest hash of its texts would put large ones first.
-    order = sorted(members.values(), key=lambda rows: _hash("\n".join(texts[row] for row in rows)))
+    order = sorted(members.values(), key=lambda rows: content_hash("\n".join(texts[row] for row in rows)))
     room = {split: Counter(dict.fromkeys(labels, count)) for split, count in counts.items()}
     clusters = {split: {} for split in counts}
     for number, cluster in enumerate(order):
@@ -242,19 +193,6 @@ def _split_clusters(
     return clusters
 
 
-def _clean(docstring: str, names: re.Pattern) -> str | None:
-    """Return the first paragraph as plain text without `names`, or None where it is no sentence."""
-    text = ROLE_OR_QUOTE.sub(r"\1", docstring.strip().split("\n\n")[0])
-    if MARKUP.search(text):
-        return None
-    text = " ".join(names.sub(" ", text).split())
-    text = re.sub(r" ([.,;:)])(?= |$)", r"\1", text)
-    num_letters = sum(character.isalpha() or character == " " for character in text)
-    num_words = len(re.findall(r"\S*[^\W\d_]{2}\S*", text))
-    natural = 30 <= len(text) <= 200 and num_words >= 5 and num_letters >= 0.85 * len(text)
-    return text if natural else None
-
-
 def _name_pattern(packages: list[str]) -> re.Pattern:
     """Return what matches a word with the name of a package in it, or a prefix such as `np.`."""
     names = [re.escape(package) for package in packages]
@@ -262,39 +200,3 @@ def _name_pattern(packages: list[str]) -> re.Pattern:
         names += OTHER_NAMES.get(package, ())
     word = rf"\w*(?:{'|'.join(names)})\w*(?:\.(?=\w))?"
     return re.compile(rf"{word}|\b(?:np|nx|pd|sp)\.(?=\w)", re.IGNORECASE)
-
-
-def _package_folder(package: str) -> Path | None:
-    """Return the folder of an installed package, found without importing it."""
-    if package == "python":
-        return Path(sysconfig.get_path("stdlib"))
-    spec = importlib.util.find_spec(package)
-    is_package = spec and spec.origin and spec.submodule_search_locations
-    return Path(spec.origin).parent if is_package else None
-
-
-def _read_docstrings(folder: Path, max_files: int) -> Iterator[str]:
-    """Yield the docstrings of the public functions, classes and methods below `folder`."""
-    files = []
-    for parent, subfolders, leaves in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not SKIPPED_FOLDERS.fullmatch(name)]
-        files += [Path(parent, leaf) for leaf in leaves if leaf.endswith(".py")]
-    files.sort(key=lambda file: _hash(file.relative_to(folder).as_posix()))
-    for file in files[:max_files]:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in other people's files
-                nodes = [ast.parse(file.read_text(encoding="utf-8"))]
-        except (SyntaxError, UnicodeDecodeError):
-            continue
-        for node in nodes:  # grows: statements only, because ast.walk takes as long as parsing
-            nodes.extend(getattr(node, "body", ()))
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                docstring = ast.get_docstring(node)
-                if docstring and not node.name.startswith("_"):
-                    yield docstring
-
-
-def _hash(text: str) -> str:
-    """Return a hash that is the same in every process, unlike `hash`."""
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -7,15 +7,16 @@ import difflib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from front import retention, retention_front
+from intervals import LEVEL, RESAMPLES, Interval, paired_interval
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
 
-LEVEL, RESAMPLES = 0.95, 10_000
 ROWS = {
     "tfidf": "TF-IDF + logistic regression",
     "random_probe": "probe of a random network",
@@ -38,75 +39,16 @@ The transfer verdict is about one row fixed before any run, `{transfer_row}`: no
 the test set. The adaptation verdict gives each of m rows the level 1 - (1 - {level}) / m, so that
 all m hold at once. Nothing is corrected for the number of label counts, or the rows of a table.
 """
+RETENTION = """
+Retention: how many first lines of docstrings still find the paragraph that follows them, by the
+model's mean-pooled features (recall@1), as a share of those that the pretrained model finds; the
+packages are none of the task's. Intervals resample seeds and pairs. It is not chosen by, and its
+measuring not counted in the CPU-seconds. `-`: the row does not start from the pretrained weights.
+"""
 Names = Sequence[str]
 Runs = Sequence[Mapping[str, Any]]  # `make_report` says what is in them
 Cell = Mapping[str, Runs]  # one label count: row -> runs in the order of their seeds
 Verdict = dict[str, Any]  # `outcome`, `sentence`, `comparisons` (row -> Interval of the difference)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its lower and upper limit, as fractions; formatted, all three in percent."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __format__(self, spec: str) -> str:
-        return "{:{s}} [{:{s}}, {:{s}}]".format(*(100 * x for x in asdict(self).values()), s=spec)
-
-
-def paired_interval(
-    a: ArrayLike, b: ArrayLike, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
-    """Return the mean of `a - b` with a percentile interval from resampled seeds and test items.
-
-    Seeds and items are crossed: every seed answers the same items. So a resample draws seeds, draws
-    items *once*, and uses these for all its seeds; new items for every seed would treat an item's
-    difficulty as noise that more seeds average out.
-
-    What few seeds can say: the variance between S seeds enters as (S - 1) / S of its unbiased
-    estimate. One seed gives an interval for the choice of items only; two show that there is
-    training noise, not how much. Simulated with 540 items, 95 % intervals of 1, 2, 3 and 5 seeds
-    cover 72, 90, 94 and 96 % where a seed moves each accuracy by 2.5 points (standard deviation),
-    but 33, 70, 81 and 88 % where by 7. Without training noise they are too wide (Owen).
-
-    Args:
-        a: 0 or 1 per seed and test item, shape (seeds, items).
-        b: the same of the row to compare with; or 0, for an interval of `a` alone.
-        level: coverage aimed at, between 0 and 1.
-        resamples: number of resamples.
-        seed: seed of the resampling, not of a training run.
-
-    Raises:
-        ValueError: `a` is not (seeds, items) with at least one entry, or `b` has another shape.
-
-    References:
-        Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13.
-        Davison and Hinkley, "Bootstrap Methods and their Application", 1997, sec. 3.8.
-        Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1(2), 2007.
-
-    Example:
-        >>> paired_interval([[1, 1, 0, 1]], [[1, 1, 0, 1]])
-        Interval(mean=0.0, low=0.0, high=0.0)
-    """
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if a.ndim != 2 or a.size == 0 or b.shape not in ((), a.shape):
-        shapes = f"`a` has shape {a.shape}, `b` has shape {b.shape}"
-        raise ValueError(f"{shapes}: expected (seeds, items) of both, or `b` = 0. Stack the seeds.")
-    num_seeds, num_items = a.shape
-    rng, sums = np.random.default_rng(seed), np.empty(resamples)
-    chunk = max(1, 500_000 // num_items)  # 4 MB a buffer, at any number of items
-    for start in range(0, resamples, chunk):
-        size = min(chunk, resamples - start)
-        seeds = rng.integers(num_seeds, size=(size, num_seeds))
-        items = rng.integers(num_items, size=(size, num_items))
-        items += num_items * np.arange(size)[:, None]
-        counts = np.bincount(items.ravel(), minlength=items.size).reshape(items.shape)
-        by_seed = counts.astype(float) @ (a - b).T  # whole numbers, so exact
-        sums[start : start + size] = np.take_along_axis(by_seed, seeds, axis=1).sum(axis=1)
-    low, high = np.quantile(sums / a.size, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float((a - b).mean()), float(low), float(high))
 
 
 def transfer_verdict(runs: Runs, n: int) -> Verdict:
@@ -145,12 +87,13 @@ def make_report(runs: Runs, **meta: Any) -> dict[str, Any]:
     Args:
         runs: one per row, label count `n` and `seed`: `correct` (0 or 1 per item, the same items in
             all runs), `accuracy`, `trainable_share`, `cpu_seconds`, `steps`, `train_loss`,
-            `converged`, `recipe` (folder); None: not measured. All rows of an `n` share its seeds.
+            `converged`, `recipe` (folder), and `hits` (per text pair `before` and `after`, a lists each); None: not
+            measured. All rows of an `n` share its seeds.
         meta: facts to keep with the numbers (versions, data set, model), as finite JSON values.
 
     Returns:
-        Per label count the rows (accuracy and gain over scratch as fractions, means over seeds of
-        the costs, `converged` in all seeds), a note on the seeds, and both verdicts.
+        Per label count the rows (accuracy, gain over scratch and retention as fractions, means over
+        seeds of the costs, `converged` in all seeds), a note on the seeds, both verdicts and the front.
 
     Raises:
         ValueError: the runs are no full grid, contradict themselves, or hold a number not finite.
@@ -163,6 +106,7 @@ def make_report(runs: Runs, **meta: Any) -> dict[str, Any]:
         for row, of_row in cell.items():
             facts = {"row": row, "label": ROWS[row], "accuracy": own[row], "gain": gains.get(row)}
             every = {key: [run[key] for run in of_row] for key in of_row[0]}
+            facts["retention"] = retention(of_row)
             for key in ("trainable_share", "cpu_seconds", "steps"):
                 facts[key] = None if None in every[key] else float(np.mean(every[key]))
             marks = {*every["converged"]}
@@ -171,6 +115,9 @@ def make_report(runs: Runs, **meta: Any) -> dict[str, Any]:
         counts.append({"n": n, "seeds": every["seed"], "note": _size(cell), "rows": rows})
         counts[-1]["transfer"] = transfer_verdict(runs, n)
         counts[-1]["adaptation"] = adaptation_verdict(runs, n)
+        counts[-1]["front"] = retention_front(cell, ROWS)
+        if counts[-1]["front"]:
+            counts[-1]["front"]["sentence"] += f" {_seeds(cell)}."
     method = {"level": LEVEL, "resamples": RESAMPLES, "transfer_row": TRANSFER_ROW}
     report = {"schema_version": 1, "meta": meta, "method": method, "label_counts": counts}
     return dict(json.loads(json.dumps(report, default=asdict, allow_nan=False)))
@@ -179,27 +126,40 @@ def make_report(runs: Runs, **meta: Any) -> dict[str, Any]:
 def to_markdown(report: Mapping[str, Any]) -> str:
     """Return the report as a page: per label count a table and verdicts, then method and meta."""
     lines = ["# Ways of adapting, compared", "", "![accuracy by trainable share](report.png)"]
-    titles = "way of adapting|accuracy, %|gain over scratch, points|trainable, %|CPU-seconds|steps"
+    measured = False
     for count in report["label_counts"]:
-        lines += ["", f"## n = {count['n']}", "", f"|{titles}|", "|---|---|---|---:|---:|---:|"]
+        front = count.get("front")
+        measured |= bool(front)
+        titles = ["way of adapting", "accuracy, %", "gain over scratch, points", *["retention, %"] * bool(front)]
+        sides = ["---"] * len(titles) + ["---:"] * 3
+        lines += ["", f"## n = {count['n']}", ""]
+        lines += ["|".join(["", *titles, "trainable, %", "CPU-seconds", "steps", ""]), "|".join(["", *sides, ""])]
         for row in count["rows"]:
             share, steps = row["trainable_share"], row["steps"]
             cells = [row["label"] + (" (not converged)" if row["converged"] is False else "")]
             cells += [f"{Interval(**row['accuracy']):.2f}"]
             cells += [f"{Interval(**row['gain']):+.2f}" if row["gain"] else "-"]
+            if front:
+                cells += [f"{Interval(**row['retention']):.2f}" if row["retention"] else "-"]
             cells += ["-" if share is None else f"{100 * share:.3g}", f"{row['cpu_seconds']:,.1f}"]
             lines += ["|".join(["", *cells, "-" if steps is None else f"{steps:,.0f}", ""])]
-        for text in (count["note"], count["transfer"]["sentence"], count["adaptation"]["sentence"]):
+        verdicts = [count[key]["sentence"] for key in ("transfer", "adaptation", "front") if count.get(key)]
+        for text in (count["note"], *verdicts):
             lines += ["", text]
-    lines += ["", "## How it was computed", METHOD.format(**report["method"]), "## Made with", ""]
+    method = METHOD.format(**report["method"]) + (RETENTION if measured else "")
+    lines += ["", "## How it was computed", method, "## Made with", ""]
     return "\n".join(lines + [f"- {key}: {value}" for key, value in report["meta"].items()]) + "\n"
 
 
 def plot(report: Mapping[str, Any], path: str | Path) -> None:
     """Draw accuracy by trainable share (PNG), a panel per `n`; rows without a share are lines."""
     counts = report["label_counts"]
-    figure = Figure(figsize=(9, 3.8 * len(counts)), layout="constrained")
-    for axes, count in zip(figure.subplots(len(counts), squeeze=False)[:, 0], counts, strict=True):
+    columns = 1 + any(count.get("front") for count in counts)
+    figure = Figure(figsize=(5 + 4 * columns, 3.8 * len(counts)), layout="constrained")
+    panels = figure.subplots(len(counts), columns, squeeze=False, sharey="row")
+    for (*left, axes), count in zip(panels, counts, strict=True):
+        for beside in left:
+            _plot_retention(beside, count)
         rows = sorted(count["rows"], key=lambda row: row["accuracy"]["mean"])
         limits = [[100 * row["accuracy"][key] for key in ("mean", "low", "high")] for row in rows]
         means = np.array(limits)[:, 0]
@@ -220,8 +180,18 @@ def plot(report: Mapping[str, Any], path: str | Path) -> None:
             line = {"arrowstyle": "-", "linewidth": 0.6, "relpos": (0, 0.5)} | colour
             axes.annotate(row["label"], point, (1.06, height), unit, side, line, va="center")
         axes.set(xscale="log", ylabel="accuracy, %", title=f"n = {count['n']}")
-    figure.supxlabel("trainable share of the parameters (equal shares side by side)")
+    panels[-1, -1].set_xlabel("trainable share of the parameters (equal shares side by side)")
     figure.savefig(path, format="png", dpi=150, facecolor="white")
+
+
+def _plot_retention(axes: Axes, count: Mapping[str, Any]) -> None:
+    """Draw accuracy by retention with both intervals, in the colours of the panel beside it."""
+    for row in count["rows"]:
+        if kept := row.get("retention"):
+            x, y = ([100 * of[key] for key in ("low", "mean", "high")] for of in (kept, row["accuracy"]))
+            colour = COLOURS[[*ROWS].index(row["row"])]
+            axes.plot(x, [y[1]] * 3, "-o", [x[1]] * 3, y, "-", markevery=[1], color=colour)
+    axes.set(xlabel="retention, %", ylabel="accuracy, %", title=f"n = {count['n']}")
 
 
 def write_report(report: Mapping[str, Any], folder: str | Path) -> None:
@@ -267,13 +237,18 @@ def _gains(cell: Cell, rows: Names, base: str, level: float = LEVEL) -> dict[str
 def _size(cell: Cell) -> str:
     """Return how much was measured, and what one seed cannot say."""
     runs = next(iter(cell.values()))
+    return f"{len(runs[0]['correct'])} test items, {_seeds(cell)}."
+
+
+def _seeds(cell: Cell) -> str:
+    runs = next(iter(cell.values()))
     alone = "one seed: the interval covers test items, not training noise"
-    seeds = f"{len(runs)} seeds" if len(runs) > 1 else alone
-    return f"{len(runs[0]['correct'])} test items, {seeds}."
+    return f"{len(runs)} seeds" if len(runs) > 1 else alone
 
 
 def _grid(runs: Runs, *needed: int) -> Mapping[int, Cell]:
     """Return n -> row -> runs in the order of their seeds, once all rows are known to pair up."""
+    num_pairs = next((len(run["hits"]["before"]) for run in runs if run.get("hits")), 0)
     for run in runs:
         problem, answers, num_items = "", run["correct"], len(runs[0]["correct"])
         if run["row"] not in ROWS:
@@ -283,6 +258,8 @@ def _grid(runs: Runs, *needed: int) -> Mapping[int, Cell]:
             problem = f"{len(answers)} answers, the first run has {num_items}. Use one test set"
         elif not ({*answers} <= {0, 1} and abs(np.mean(answers) - run["accuracy"]) < 1e-4):
             problem = f"`accuracy` {run['accuracy']} is not the mean of `correct`, each 0 or 1"
+        elif {*map(len, (run.get("hits") or {}).values())} - {num_pairs}:
+            problem = f"`hits` is not of {num_pairs} text pairs, as the first one measured. Use one set of pairs"
         if problem:
             raise ValueError(f"row `{run['row']}`, n {run['n']}, seed {run['seed']}: {problem}.")
     grid: dict[int, dict[str, list[Any]]] = {}

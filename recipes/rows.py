@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
-from tl_callbacks import adapt, add_to_recipe, attach, ignores_item_count
+from tl_callbacks import ForgettingMonitor, Retrieval, adapt, add_to_recipe, attach, ignores_item_count
 
 # Strategy and its options, peak rate, batch size, and optimizer steps for fewer than 200 labels and for more. Random
 # weights need many small steps to fit the training texts.
@@ -28,6 +29,39 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], float, int, tuple[int, int]]] = {
     "lora": ("lora", {"r": 8, "lora_alpha": 16}, 3e-3, 16, (32, 48)),
 }
 CONVERGED = 0.1
+RANDOM = ("random_probe", "scratch")  # there is nothing of the pretrained model to retain
+
+
+class TimedRetrieval(Retrieval):
+    """Retrieval that keeps which queries found their document at each reading, and the CPU-seconds that it takes."""
+
+    def __init__(self, pairs: Any, **options: Any) -> None:
+        super().__init__(pairs, **options)
+        self.hits: list[list[float]] = []
+        self.seconds = 0.0
+
+    def prepare(self, trainer: Trainer) -> None:
+        """Tokenise the texts."""
+        with self._timed():
+            super().prepare(trainer)
+
+    def read(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the features of the texts."""
+        with self._timed():
+            return super().read(*args, **kwargs)
+
+    def score(self, part: Any) -> dict[str, Any]:
+        """Return the recall."""
+        with self._timed():
+            found = super().score(part)
+        self.hits.append(found[self.name].sums.tolist())
+        return found
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.process_time()
+        yield
+        self.seconds += time.process_time() - started
 
 
 def bag_of_words(train: Dataset, test: Dataset, seed: int) -> dict[str, Any]:
@@ -50,9 +84,14 @@ def fine_tune(
     folder: str,
     max_length: int,
     *,
+    pairs: Dataset | None = None,
     save: bool = False,
 ) -> dict[str, Any]:
-    """Adapt the model by the row's strategy and return its facts; the run's files stay in `folder`."""
+    """Adapt the model by the row's strategy and return its facts; the run's files stay in `folder`.
+
+    With `pairs` (see `pairs.load_pairs`) retention is measured where the row starts from the pretrained weights, and
+    the CPU-seconds are those without the measuring.
+    """
     strategy, options, rate, batch_size, steps = SETTINGS[row]
     names = train.features["label"].names
     tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main")
@@ -100,6 +139,12 @@ def fine_tune(
     if row == "random_probe":
         network = adapt(network, args, "scratch")["model"]
     keywords = adapt(network, args, strategy, **options)
+    retrieval = None
+    if pairs is not None and row not in RANDOM and not network.config.is_encoder_decoder:
+        ordered = sorted(pairs, key=lambda pair: len(pair["document"]))  # hardly any padding
+        retrieval = TimedRetrieval(ordered, max_length=max_length)
+        # Behind the others: they may change the weights when training ends.
+        keywords["callbacks"] = [*keywords["callbacks"], ForgettingMonitor(retrieval)]
     trainer = Trainer(args=args, train_dataset=tokenized(train), processing_class=tokenizer, **keywords)
     attach(trainer, base_revision=revision)
     with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
@@ -114,11 +159,12 @@ def fine_tune(
         trainer.save_model()
     facts = _facts(
         correct,
-        time.process_time() - started,
+        time.process_time() - started - (retrieval.seconds if retrieval is not None else 0.0),
         share=_trainable_share(trainer),
         steps=trainer.state.global_step,
         loss=loss,
         folder=folder,
+        hits={"before": retrieval.hits[0], "after": retrieval.hits[-1]} if retrieval is not None else None,
     )
     columns = {"text": "text", "label": "label"}
     parts = {name: split_facts(rows, columns, name) for name, rows in (("train", train), ("test", test))}
@@ -150,6 +196,7 @@ def _facts(
     steps: int | None = None,
     loss: float | None = None,
     folder: str | None = None,
+    hits: dict[str, list[float]] | None = None,
 ) -> dict[str, Any]:
     """Return what the report needs of a run."""
     return {
@@ -161,4 +208,5 @@ def _facts(
         "train_loss": loss,
         "converged": None if loss is None else loss < CONVERGED,
         "recipe": folder,
+        "hits": hits,
     }
