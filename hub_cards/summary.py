@@ -105,11 +105,7 @@ def _comparison(facts: RunFacts) -> dict[str, Any] | None:
     scale, unit = (100, " %") if found["metric"] in ("accuracy", "f1") else (1, "")
 
     def interval(value: Mapping[str, float] | None, sign: str = "") -> str:
-        if value is None:
-            return "–"
-        spec = f"{sign}.{2 if scale == 100 else 4}f"
-        mean, low, high = (format(scale * value[key], spec) for key in ("mean", "low", "high"))
-        return Markdown(f"{mean} [{low}, {high}]")
+        return _interval(value, scale, f"{sign}.{2 if scale == 100 else 4}f")
 
     rows = [
         {
@@ -117,6 +113,7 @@ def _comparison(facts: RunFacts) -> dict[str, Any] | None:
             "own": row["row"] == found["row"],
             "value": interval(row["value"]),
             "gain": interval(row.get("gain"), "+"),
+            "retention": _interval(row.get("retention"), 100, ".2f"),
             "seeds": ", ".join(
                 format(scale * value, ".1f" if scale == 100 else ".4g") for value in row.get("values", ())
             ),
@@ -125,8 +122,17 @@ def _comparison(facts: RunFacts) -> dict[str, Any] | None:
         }
         for row in found["rows"]
     ]
-    optional = dict.fromkeys(("note", "transfer", "adaptation"))
-    return {**optional, **found, "rows": rows, "unit": unit, "percent": number(100 * found["level"], "g")}
+    optional = dict.fromkeys(("note", "transfer", "adaptation", "front"))
+    retained = any(row.get("retention") is not None for row in found["rows"])
+    level = number(100 * found["level"], "g")
+    return {**optional, **found, "rows": rows, "unit": unit, "percent": level, "retained": retained}
+
+
+def _interval(value: Mapping[str, float] | None, scale: int, spec: str) -> str:
+    if value is None:
+        return "–"
+    mean, low, high = (format(scale * value[key], spec) for key in ("mean", "low", "high"))
+    return Markdown(f"{mean} [{low}, {high}]")
 
 
 def _retention(facts: RunFacts) -> dict[str, Any] | None:

@@ -7,9 +7,11 @@ of 29. Theirs, for each layer: `LogisticRegressionCV`, 5 penalties and 3 folds, 
 """
 
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +24,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from recipes.docstrings import load_docstrings
 from tests.benchmarks.timing import ratios_in_short
 from tl_callbacks.probing import Moments, fit_ridge, geometry, h_score_of, log_me_of, neural_collapse
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+from docstrings import load_docstrings
 
 TEXTS = {"train_per_class": 200, "test_per_class": 105, "max_files": 300}
 BATCH = 32

@@ -13,9 +13,11 @@ from collections import Counter
 from pathlib import Path
 
 import docstrings
+import prose
 import numpy as np
 import pytest
-from docstrings import PACKAGES, draw, load_docstrings, similarities
+from docstrings import PACKAGES, draw, load_docstrings
+from prose import read_docstrings, similarities
 
 THRESHOLD = 0.65
 
@@ -143,7 +145,7 @@ def test_texts_are_short_sentences_without_the_names(splits):
     assert min(len(text.split()) for text in texts) >= 5
     names = re.compile("|".join([*PACKAGES, "scikit-learn", r"\bnp\.", r"\bpd\."]), re.IGNORECASE)
     assert not [text for text in texts if names.search(text)]
-    raw = docstrings._read_docstrings(Path(np.__file__).parent, max_files=20)
+    raw = read_docstrings(Path(np.__file__).parent, max_files=20)
     assert any(names.search(text) for text in raw)
 
 
@@ -200,10 +202,10 @@ def test_the_fingerprint_follows_the_content(small):
 
 
 def test_only_max_files_are_read(small):
-    everything = set(docstrings._read_docstrings(small / "beta", max_files=9))
+    everything = set(read_docstrings(small / "beta", max_files=9))
     (small / "beta" / "more.py").write_text(NOT_READ, encoding="utf-8")
-    one = set(docstrings._read_docstrings(small / "beta", max_files=1))
-    both = set(docstrings._read_docstrings(small / "beta", max_files=9))
+    one = set(read_docstrings(small / "beta", max_files=1))
+    both = set(read_docstrings(small / "beta", max_files=9))
     assert len(everything) == 5
     assert len(both) == 6
     assert one < both
