@@ -50,11 +50,13 @@ def retention_front(cell: Mapping[str, Runs], labels: Mapping[str, str]) -> dict
     front = [row for row in rows if not any(_above(means[other], means[row]) for other in rows)]
     front.sort(key=lambda row: means[row], reverse=True)
     near = {row: [other for other in rows if other != row and alike(row, other)] for row in front}
-    sentence = "Front of accuracy and retention, where no other row is higher in one and as high in the other:"
+    sentence = "Front of accuracy and retention, where no other mean is higher in one and as high in the other:"
     sentence += ";".join(" {} {:.2f} and {:.2f} %".format(labels[row], *(100 * m for m in means[row])) for row in front)
+    said: list[str] = []
     for row, others in near.items():
-        if others:
-            sentence += f". Not told apart from {labels[row]} in either: {', '.join(labels[other] for other in others)}"
+        if rest := [labels[other] for other in others if other not in said]:
+            sentence += f". Not told apart from {labels[row]}, as both differences include 0: {', '.join(rest)}"
+        said.append(row)
     sentence += f". {base.shape[1]} text pairs, of which the pretrained model finds {100 * base.mean():.2f} %,"
     return {"rows": front, "alike": near, "sentence": sentence}
 

@@ -31,7 +31,7 @@ def load_pairs(
     *,
     packages: Sequence[str] = PACKAGES,
     apart_from: Sequence[str] = (),
-    max_files: int = 1000,
+    max_files: int = 100,
     threshold: float = 0.65,
 ) -> Dataset:
     """Build pairs from the docstrings of installed packages: the first line, and the paragraph that follows it.
@@ -53,7 +53,7 @@ def load_pairs(
         ValueError: a number is out of range, one of `packages` is read by the task, or there are too few pairs.
 
     Example:
-        >>> pairs = load_pairs(20)
+        >>> pairs = load_pairs(20, packages=("fsspec", "joblib"))
         >>> pairs.num_rows, pairs.column_names
         (20, ['query', 'document'])
     """

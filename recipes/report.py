@@ -42,8 +42,8 @@ all m hold at once. Nothing is corrected for the number of label counts, or the 
 RETENTION = """
 Retention: how many first lines of docstrings still find the paragraph that follows them, by the
 model's mean-pooled features (recall@1), as a share of those that the pretrained model finds; the
-packages are none of the task's. Intervals resample seeds and pairs. It is not chosen by, and its
-measuring not counted in the CPU-seconds. `-`: the row does not start from the pretrained weights.
+packages are none of the task's. Intervals resample seeds and pairs. Nothing was chosen by it, and
+measuring it is no part of the CPU-seconds. `-`: the row does not start from the pretrained weights.
 """
 Names = Sequence[str]
 Runs = Sequence[Mapping[str, Any]]  # `make_report` says what is in them
@@ -87,7 +87,7 @@ def make_report(runs: Runs, **meta: Any) -> dict[str, Any]:
     Args:
         runs: one per row, label count `n` and `seed`: `correct` (0 or 1 per item, the same items in
             all runs), `accuracy`, `trainable_share`, `cpu_seconds`, `steps`, `train_loss`,
-            `converged`, `recipe` (folder), and `hits` (per text pair `before` and `after`, a lists each); None: not
+            `converged`, `recipe` (folder), and `hits` (`before` and `after` training, 0 to 1 per text pair); None: not
             measured. All rows of an `n` share its seeds.
         meta: facts to keep with the numbers (versions, data set, model), as finite JSON values.
 

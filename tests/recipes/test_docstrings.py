@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 import docstrings
-import prose
 import numpy as np
+import prose
 import pytest
 from docstrings import PACKAGES, draw, load_docstrings
 from prose import read_docstrings, similarities
@@ -335,5 +335,5 @@ def test_packages_that_are_not_installed_are_left_out(small):
 
 
 def test_examples_run():
-    result = doctest.testmod(docstrings)
-    assert (result.attempted >= 7, result.failed) == (True, 0)
+    results = [doctest.testmod(module) for module in (docstrings, prose)]
+    assert (sum(result.attempted for result in results) >= 8, sum(result.failed for result in results)) == (True, 0)

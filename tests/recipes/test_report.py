@@ -7,16 +7,17 @@ from itertools import pairwise, product
 from pathlib import Path
 from statistics import NormalDist
 
+import front
+import intervals
 import numpy as np
 import pytest
 import report
+from intervals import Interval, paired_interval, ratio_interval
 from matplotlib.text import Text
 from report import (
     ROWS,
-    Interval,
     adaptation_verdict,
     make_report,
-    paired_interval,
     plot,
     to_markdown,
     transfer_verdict,
@@ -55,6 +56,17 @@ def simulated(accuracies, *, n=8, seeds=3, items=300, converged=True):
             }
         )
     return runs
+
+
+def retaining(runs, shares, pairs=200):
+    """The runs, with what the pretrained model and they find; only the rows of `shares` have it."""
+    found = []
+    for run in runs:
+        before = [float(place < 0.6 * pairs) for place in range(pairs)]
+        share = shares.get(run["row"])
+        after = None if share is None else [float(place < share * 0.6 * pairs) for place in range(pairs)]
+        found.append(run | {"hits": after and {"before": before, "after": after}})
+    return found
 
 
 def latent_answers(rng, *, seeds, seed_noise, items=540):
@@ -301,6 +313,102 @@ def test_correction_keeps_false_findings_rare():
     assert corrected <= 6 < uncorrected
 
 
+# --- accuracy and retention ---------------------------------------------------------------------
+
+KEPT = {"probe": 1.0, "full": 0.5, "discriminative": 0.8, "anchored": 0.8, "lora": 0.55}
+RIGHT = {"tfidf": 0.5, "scratch": 0.5, "probe": 0.5, "full": 0.7, "discriminative": 0.71, "anchored": 0.9, "lora": 0.4}
+
+
+def test_a_ratio_matches_a_plain_loop_and_is_exact_where_nothing_changed():
+    rng = np.random.default_rng(8)
+    base = np.repeat(rng.random((1, 60)) < 0.6, 4, axis=0).astype(float)
+    now = base * (rng.random((4, 60)) < 0.8)
+    ratios = []
+    for _ in range(10_000):
+        drawn = np.ix_(rng.integers(4, size=4), rng.integers(60, size=60))
+        ratios.append(now[drawn].sum() / base[drawn].sum())
+    interval = ratio_interval(now, base)
+    assert interval.mean == now.sum() / base.sum()
+    assert interval.low == pytest.approx(np.quantile(ratios, 0.025), abs=0.012)
+    assert interval.high == pytest.approx(np.quantile(ratios, 0.975), abs=0.012)
+    assert ratio_interval(base, base) == Interval(1.0, 1.0, 1.0)
+    loose = paired_interval(now, 0)  # control: with the base held fixed it is wider
+    assert (loose.high - loose.low) / base.mean() > 1.1 * (interval.high - interval.low)
+
+
+def test_a_ratio_refuses_a_base_without_hits_and_leaves_empty_draws_out():
+    with pytest.raises(ValueError, match=r"`base` sums to 0.0; expected more than 0"):
+        ratio_interval([[0, 0]], [[0, 0]])
+    with pytest.raises(ValueError, match=r"expected \(seeds, items\) of both"):
+        ratio_interval([[1, 0]], [[1]])
+    assert ratio_interval([[1, 0, 0]], [[1, 0, 0]]) == Interval(1.0, 1.0, 1.0)
+
+
+def test_the_front_holds_the_rows_that_no_other_one_is_above_in_both():
+    runs = retaining(simulated(RIGHT, seeds=2), KEPT)
+    count = make_report(runs)["label_counts"][0]
+    front = count["front"]
+    assert front["rows"] == ["anchored", "probe"]
+    # `discriminative` retains as much and is less accurate; of what was not measured nothing is said.
+    assert "anchored (decoupled) 91.00 and 80.00 %; linear probe 51.50 and 100.00 %." in front["sentence"]
+    assert "Not told apart" not in front["sentence"]
+    assert "200 text pairs, of which the pretrained model finds 60.00 %, 2 seeds." in front["sentence"]
+    kept = {row["row"]: row["retention"] for row in count["rows"]}
+    assert kept["probe"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert kept["full"]["low"] < kept["full"]["mean"] == 0.5 < kept["full"]["high"]
+    assert kept["scratch"] is kept["tfidf"] is None
+    assert make_report(retaining(simulated(RIGHT), KEPT | {"probe": 0.7}))["label_counts"][0]["front"]["rows"] == [
+        "anchored"
+    ]  # control
+
+
+def test_the_front_says_what_noise_does_not_tell_apart():
+    right = {"full": 0.700, "anchored": 0.703, "lora": 0.5}
+    rng = np.random.default_rng(9)
+    runs = retaining(simulated(right, seeds=2), dict.fromkeys(right, 0.8))
+    for run in runs:  # as much is lost, of other pairs
+        after = np.array(run["hits"]["before"])
+        after[rng.choice(120, 24 + (run["row"] == "anchored"), replace=False)] = 0
+        run["hits"]["after"] = after.tolist()
+        run["correct"] = rng.permutation(run["correct"]).tolist()
+    front = make_report(runs)["label_counts"][0]["front"]
+    assert front["rows"] == ["anchored", "full"]
+    assert front["alike"] == {"anchored": ["full"], "full": ["anchored"]}
+    words = "Not told apart from anchored (decoupled), as both differences include 0: full fine-tuning, one rate. 200"
+    assert words in front["sentence"]  # once, and without `lora`, which is behind in accuracy
+
+
+def test_the_page_has_a_column_where_retention_was_measured(made, tmp_path, monkeypatch):
+    runs = retaining(simulated(RIGHT, seeds=2), KEPT)
+    measured = make_report(runs + simulated({"full": 0.9, "probe": 0.9}, n=64, seeds=1))
+    page = to_markdown(measured)
+    table = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("|")]
+    assert [len(cells) for cells in table] == [7] * 9 + [6] * 4
+    assert table[0][3] == "retention, %"
+    assert {cells[0]: cells[3] for cells in table[2:9]}[ROWS["probe"]] == "100.00 [100.00, 100.00]"
+    assert {cells[0]: cells[3] for cells in table[2:9]}[ROWS["scratch"]] == "-"
+    assert f"\n{measured['label_counts'][0]['front']['sentence']}\n" in page
+    assert measured["label_counts"][1]["front"] is None
+    assert "Retention: how many" in page
+    assert "etention" not in to_markdown(made)
+    figure, _ = panels(measured, tmp_path, monkeypatch)
+    assert [axes.get_xlabel() for axes in figure.axes[::2]] == ["retention, %"] * 2
+    drawn = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert sorted(float(line.get_xdata()[1]) for line in drawn) == pytest.approx(sorted(100 * k for k in KEPT.values()))
+    assert not figure.axes[2].lines
+
+
+def test_retention_needs_one_set_of_pairs_and_all_seeds():
+    runs = retaining(simulated(RIGHT, seeds=2), KEPT)
+    half = [run | {"hits": None} if run["row"] == "full" and run["seed"] else run for run in runs]
+    rows = {row["row"]: row["retention"] for row in make_report(half)["label_counts"][0]["rows"]}
+    assert rows["full"] is None
+    assert rows["probe"] is not None  # control
+    runs[-1]["hits"] = {"before": [1.0] * 9, "after": [1.0] * 9}
+    with pytest.raises(ValueError, match=r"seed 1: `hits` is not of 200 text pairs, as the first one measured"):
+        make_report(runs)
+
+
 # --- the report ----------------------------------------------------------------------------------
 
 
@@ -503,5 +611,7 @@ def test_write_report_leaves_three_whole_files_or_none(made, tmp_path, monkeypat
 
 
 def test_examples_run():
-    assert doctest.testmod(report).attempted > 0
-    assert doctest.testmod(report).failed == 0
+    for module in (intervals, front):
+        result = doctest.testmod(module)
+        assert result.attempted > 0
+        assert result.failed == 0
