@@ -100,6 +100,27 @@ def test_a_comparison_needs_no_more_than_the_schema_asks_for(tmp_path: Path) -> 
     assert "None" not in card
 
 
+def test_a_comparison_shows_retention_where_it_was_measured(facts: RunFacts, tmp_path: Path) -> None:
+    comparison = copy.deepcopy(runs.COMPARISON)
+    comparison["rows"][0]["retention"] = None
+    comparison["rows"][1]["retention"] = {"mean": 0.96, "low": 0.9, "high": 1.0}
+    comparison["front"] = {"rows": ["gradual"], "sentence": "Front of accuracy and retention: gradual."}
+    card = render(facts_of(tmp_path / "retained", comparison=comparison))
+    lines = [line for line in card.splitlines() if line.startswith("| way of adapting")]
+    assert [line.count("|") for line in lines] == [8]
+    assert "| gain over training from scratch | retention, % | each seed |" in lines[0]
+    assert "| +25.00 [+20.00, +30.00] | 96.00 [90.00, 100.00] | 70.0, 80.0 |" in card
+    assert "| – | – | 40.0, 60.0 |" in card
+    assert "\n\nFront of accuracy and retention: gradual.\n" in card
+    assert "\n\n\n\n" not in card
+    tokens = MarkdownIt("commonmark").enable("table").parse(body(card))
+    starts = [at for at, token in enumerate(tokens) if token.type == "tr_open"]
+    assert 7 in {len([t for t in _row(tokens, at) if t.type == "td_open"]) for at in starts}
+    plain = render(facts)  # control
+    assert "Front of" not in plain
+    assert "retention, %" not in plain
+
+
 def test_equal_facts_give_equal_cards_and_nothing_is_written(facts: RunFacts, tmp_path: Path) -> None:
     assert render(facts) == render(copy.deepcopy(facts))
     assert not (tmp_path / "run" / "README.md").exists()

@@ -11,7 +11,7 @@ from compare import Comparison, main
 from datasets import load_from_disk
 from peft import PeftModel
 from report import ROWS
-from rows import SETTINGS
+from rows import RANDOM, SETTINGS
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
 from hub_cards import publish, pull, verify
@@ -33,6 +33,15 @@ def test_bad_choices_are_refused() -> None:
         Comparison(push_to_hub=True)
     with pytest.raises(ValueError, match="at least one"):
         Comparison(num_seeds=0)
+    with pytest.raises(ValueError, match=r"`min_retention` is 0\.9; expected a share above 0 and up to 1"):
+        Comparison(min_retention=0.9)
+    published = {"push_to_hub": True, "hub_model_id": "alice/x", "min_retention": 0.9}
+    assert Comparison(**published).min_retention == 0.9  # control
+    for change in ({"min_retention": 98.0}, {"num_pairs": 0}):
+        with pytest.raises(ValueError, match="together with --push_to_hub and some --num_pairs"):
+            Comparison(**{**published, **change})
+    with pytest.raises(ValueError, match="but the row `scratch` starts from random weights and has nothing to retain"):
+        Comparison(**published, hub_row="scratch")
 
 
 def tiny_model(folder: Path) -> Path:
@@ -55,7 +64,12 @@ def test_the_comparison_runs_and_leaves_a_run_folder_a_row(tmp_path: Path, monke
     folder = tmp_path / "runs"
     report = main(
         Comparison(
-            output_dir=str(folder), model_name_or_path=str(model), label_counts=[20], num_seeds=1, max_seq_length=12
+            output_dir=str(folder),
+            model_name_or_path=str(model),
+            label_counts=[20],
+            num_seeds=1,
+            max_seq_length=12,
+            num_pairs=100,
         )
     )
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
@@ -67,6 +81,14 @@ def test_the_comparison_runs_and_leaves_a_run_folder_a_row(tmp_path: Path, monke
     (cell,) = report["label_counts"]
     rows = {row["row"]: row for row in cell["rows"]}
     assert set(rows) == set(ROWS)
+    assert rows["probe"]["retention"] == {"mean": 1.0, "low": 1.0, "high": 1.0}  # its features are the pretrained ones
+    kept = {row for row in ROWS if rows[row]["retention"] is not None}
+    assert kept == set(SETTINGS) - {*RANDOM}
+    assert {rows[row]["retention"]["mean"] for row in kept} != {1.0}
+    assert set(cell["front"]["rows"]) <= kept
+    assert cell["front"]["sentence"] in text
+    assert "retention, %" in text
+    assert "pairs " in report["meta"]["fingerprints"]
     assert rows["probe"]["trainable_share"] < rows["lora"]["trainable_share"] < rows["gradual"]["trainable_share"] == 1
     fingerprints: set[str] = set()
     for row in SETTINGS:
@@ -81,6 +103,13 @@ def test_the_comparison_runs_and_leaves_a_run_folder_a_row(tmp_path: Path, monke
         assert beside[row]["value"] == rows[row]["accuracy"]
         assert beside["scratch"]["gain"] is None
         assert beside["full"]["gain"]["low"] <= beside["full"]["gain"]["mean"] <= beside["full"]["gain"]["high"]
+        assert beside[row]["retention"] == rows[row]["retention"]
+        assert comparison["front"]["rows"] == cell["front"]["rows"]
+        monitor = found["methods"].get("ForgettingMonitor")
+        assert (monitor is not None) is (row in kept)
+        if monitor is not None:
+            assert monitor["rows"] == {"retrieval": 100}
+            assert monitor["retention"] == pytest.approx(rows[row]["retention"]["mean"])
         assert comparison["transfer"]["sentence"] == cell["transfer"]["sentence"]
         splits = found["data"]["splits"]
         assert {name: split["rows"] for name, split in splits.items()} == {"train": 20, "test": 9 * 54}
@@ -101,11 +130,14 @@ def test_the_run_of_a_row_is_published_if_transfer_paid(
     comparison = Comparison(
         output_dir=str(folder), model_name_or_path=str(tiny_model(tmp_path / "model")), label_counts=[20], num_seeds=1,
         max_seq_length=12, rows=["scratch", "lora"], push_to_hub=True, hub_row="lora", hub_model_id="alice/docstrings",
-        require_positive_transfer=True,
+        require_positive_transfer=True, num_pairs=100,
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"transfer is .*, and only positive transfer was to be published"):
         main(comparison)  # the row that decides was not run
     assert "alice/docstrings" not in hub.repos
+    path = folder / "lora-20-0" / "recipe.json"
+    with pytest.raises(ValueError, match=r"retention is 0\.\d+ \(`retrieval`\), and at least 1 was asked for"):
+        publish(path.parent, "alice/docstrings", license="mit", min_retention=1.0)
     publish(folder / "lora-20-0", "alice/docstrings", license="mit")
     card = hub.files("alice/docstrings")["README.md"].decode()
     assert "**LoRA**" in card
