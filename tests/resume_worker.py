@@ -32,7 +32,7 @@ from tl_callbacks import (
     slanted_triangular,
     staged,
 )
-from tl_callbacks.anchoring import sigmoid_annealing
+from tl_callbacks.anchoring import Decoupled, Penalty, sigmoid_annealing
 
 STEPS = 12
 HOLDING = "holding"
@@ -95,8 +95,8 @@ SETTINGS: dict[str, Setting] = {
     "mixout": Setting(
         anchoring(0.3, "mixout"), (1, 6, 11), overrides={"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
     ),
-    "annealed": Setting(lambda groups: [WeightAnchoring(0.2, annealing=sigmoid_annealing(0.5, 0.5))], (1, 6, 11)),
-    "EWC": Setting(lambda groups: [WeightAnchoring(5.0, form="penalty", importance=importance(groups))], (1, 6, 11)),
+    "annealed": Setting(anchoring(0.2, Decoupled(annealing=sigmoid_annealing(0.5, 0.5))), (1, 6, 11)),
+    "EWC": Setting(lambda groups: [WeightAnchoring(5.0, form=Penalty(importance=importance(groups)))], (1, 6, 11)),
     "penalty, LoRA": Setting(anchoring(0.5, "penalty"), (1, 6, 11), lora=True),
     "decoupled, LoRA": Setting(anchoring(0.2, "decoupled"), (6,), lora=True),
     "features": Setting(anchoring(5.0, "features"), (1, 6, 11)),

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from tests import scaler, tiny
 from tl_callbacks import GradualUnfreezing, WeightAnchoring, at_steps, attach, group_layers, staged
-from tl_callbacks.anchoring.weight_forms import Decoupled, Penalty
+from tl_callbacks.anchoring import Decoupled, Penalty
 from tl_callbacks.events import read
 
 OPTIMIZERS = ["sgd", "adamw_torch", "adamw_torch_fused"]

@@ -20,7 +20,7 @@ from tl_callbacks import (
     group_layers,
     layerwise_optimizer,
 )
-from tl_callbacks.anchoring import sigmoid_annealing
+from tl_callbacks.anchoring import Decoupled, sigmoid_annealing
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -48,7 +48,7 @@ def train(
         "decoupled": [WeightAnchoring(0.0)],
         "penalty": [WeightAnchoring(0.0, form="penalty")],
         "mixout": [WeightAnchoring(0.0, form="mixout")],
-        "annealing": [WeightAnchoring(0.0, annealing=sigmoid_annealing(0.1, 4))],
+        "annealing": [WeightAnchoring(0.0, form=Decoupled(annealing=sigmoid_annealing(0.1, 4)))],
         "features": [WeightAnchoring(0.0, form="features")],
         "outputs": [WeightAnchoring(0.0, form="outputs")],
         "probes": [RepresentationProbes("eval", groups, reference_set=tiny.texts(20, seed=9))],

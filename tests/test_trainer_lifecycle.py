@@ -115,8 +115,9 @@ def test_every_model_of_model_init_has_its_own_reference(tmp_path: Path) -> None
     attach(trainer)
     for number in range(2):
         trainer.train()
-        assert anchor._weights is not None
-        assert not tiny.moved({name: starts[number][name] for name in anchor._weights}, anchor._weights)
+        assert anchor._taken is not None
+        weights = anchor._taken.tensors
+        assert not tiny.moved({name: starts[number][name] for name in weights}, weights)
         assert [event["step"] for event in read(trainer.state.log_history, "opening")] == [0, *OPENINGS]
     assert len(tiny.moved(starts[0], starts[1])) > 20, "the control: another model each time"
 
@@ -165,8 +166,9 @@ def test_a_second_train_pulls_once_a_step_toward_the_pretrained_weights(form: An
     for _ in range(2):
         trainer.train()
         counts.append(hooks.counts)
-        assert anchor._weights is not None
-        assert not tiny.moved({name: start[name] for name in anchor._weights}, anchor._weights)
+        assert anchor._taken is not None
+        weights = anchor._taken.tensors
+        assert not tiny.moved({name: start[name] for name in weights}, weights)
         assert [event["step"] for event in read(trainer.state.log_history, "opening")] == [0, *OPENINGS]
         assert len([entry for entry in trainer.state.log_history if "tl/unfreezing/open_groups" in entry]) == 5
     assert counts[0] == counts[1]

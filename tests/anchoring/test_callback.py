@@ -20,7 +20,6 @@ from tl_callbacks import (
     group_layers,
     layerwise_optimizer,
 )
-from tl_callbacks.anchoring.weight_forms import Decoupled
 
 STRENGTH = 0.5
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -272,8 +271,8 @@ def test_a_step_that_the_scaler_skips_pulls_nothing() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    form = Decoupled()
-    form.open(model, optimizer, *anchor._pair(model, optimizer))
+    form: Any = anchor._form
+    form.open(anchor._opening(model, optimizer, seed=0))
     before = tiny.state(model)
     optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
     form._pull(optimizer, (), {})
@@ -354,8 +353,9 @@ def test_the_same_callback_in_a_second_trainer_keeps_the_pretrained_reference(tm
         trainer = tiny.trainer(model, tiny.arguments(tmp_path), callbacks=[anchor])
         attach(trainer)
         trainer.train()
-    assert anchor._weights is not None
-    assert tiny.moved({n: start[n] for n in anchor._weights}, anchor._weights) == set()
+    assert anchor._taken is not None
+    weights = anchor._taken.tensors
+    assert tiny.moved({n: start[n] for n in weights}, weights) == set()
 
 
 def test_a_strength_that_names_the_head_anchors_it(tmp_path: Path) -> None:

@@ -25,6 +25,11 @@ from tl_callbacks import (
     group_layers,
 )
 from tl_callbacks.anchoring import (
+    Decoupled,
+    Features,
+    Mixout,
+    Outputs,
+    Penalty,
     diagonal_fisher,
     load_fisher,
     lora_updates,
@@ -89,7 +94,7 @@ def test_ewc_is_the_autograd_loss(optim: str, tmp_path: Path) -> None:
 
     train(plain, tmp_path / "plain", optim=optim, **HARD)
     penalised(theirs, tmp_path / "a", penalty, optim=optim, **HARD)
-    anchor = WeightAnchoring(0.05, form="penalty", reference=reference, importance=fisher)
+    anchor = WeightAnchoring(0.05, form=Penalty(importance=fisher), reference=reference)
     train(ours, tmp_path / "b", anchor, optim=optim, **HARD)
     assert_same(ours, theirs, plain)
 
@@ -101,7 +106,7 @@ def test_a_fisher_from_a_file_holds_what_matters(tmp_path: Path) -> None:
     save_fisher(diagonal_fisher(model, [batch]), tmp_path / "fisher.safetensors")
     fisher = load_fisher(tmp_path / "fisher.safetensors")
     start = tiny.state(model)
-    anchor = WeightAnchoring(1000.0, form="penalty", importance=fisher)
+    anchor = WeightAnchoring(1000.0, form=Penalty(importance=fisher))
     trainer = train(model, tmp_path, anchor)
     plain = tiny.bert()
     train(plain, tmp_path)
@@ -120,11 +125,11 @@ def test_a_fisher_from_a_file_holds_what_matters(tmp_path: Path) -> None:
 def test_a_fisher_of_other_weights_is_a_caution(tmp_path: Path) -> None:
     batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.tensor([0, 1])}
     fisher = diagonal_fisher(tiny.bert(seed=1), [batch])
-    anchor = WeightAnchoring(1.0, form="penalty", importance=fisher)
+    anchor = WeightAnchoring(1.0, form=Penalty(importance=fisher))
     trainer = tiny.trainer(tiny.bert(), tiny.arguments(tmp_path), callbacks=[anchor])
     with pytest.warns(PreflightWarning, match="estimated at other weights than the reference"):
         attach(trainer)
-    same = WeightAnchoring(1.0, form="penalty", importance=diagonal_fisher(tiny.bert(), [batch]))
+    same = WeightAnchoring(1.0, form=Penalty(importance=diagonal_fisher(tiny.bert(), [batch])))
     attach(tiny.trainer(tiny.bert(), tiny.arguments(tmp_path), callbacks=[same]))
 
 
@@ -171,7 +176,7 @@ def test_annealing_is_recadam(tmp_path: Path) -> None:
     )
     trainer = tiny.trainer(theirs, tiny.arguments(tmp_path / "a", **common), optimizers=(optimizer, None))
     trainer.train()
-    anchor = WeightAnchoring(strength, reference=reference, annealing=sigmoid_annealing(0.7, 6))
+    anchor = WeightAnchoring(strength, form=Decoupled(annealing=sigmoid_annealing(0.7, 6)), reference=reference)
     trainer = train(ours, tmp_path / "b", anchor, **common)
     assert_same(ours, theirs, plain, tolerance=1e-12)
     constant = double()
@@ -200,7 +205,7 @@ def test_rates_are_the_schedules_outside_of_the_step(optim: str, tmp_path: Path)
     def run(annealing: Any, tensors: bool = False) -> tuple[list[list[float]], dict[str, Tensor]]:
         model, rates = tiny.bert(dropout=0.0), Rates()
         args = tiny.arguments(tmp_path, optim=optim, lr_scheduler_type="constant")
-        anchor = WeightAnchoring(0.1, annealing=annealing)
+        anchor = WeightAnchoring(0.1, form=Decoupled(annealing=annealing))
         trainer = tiny.trainer(model, args, callbacks=[anchor, rates])
         attach(trainer)
         if tensors:
@@ -222,9 +227,11 @@ def test_rates_are_the_schedules_outside_of_the_step(optim: str, tmp_path: Path)
 def test_a_failed_or_skipped_step_leaves_the_rates(tmp_path: Path) -> None:
     model = tiny.bert()
     optimizer = torch.optim.AdamW(model.bert.parameters(), lr=0.5)
-    anchor = WeightAnchoring(0.1, annealing=sigmoid_annealing(0.1, 100), exclude=(), groups=group_layers(model))
+    anchor = WeightAnchoring(
+        0.1, form=Decoupled(annealing=sigmoid_annealing(0.1, 100)), exclude=(), groups=group_layers(model)
+    )
     anchor._take(model)
-    anchor._form.open(model, optimizer, *anchor._pair(model, optimizer))
+    anchor._form.open(anchor._opening(model, optimizer, seed=0))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     before = tiny.state(model)
@@ -247,7 +254,7 @@ def test_a_failed_or_skipped_step_leaves_the_rates(tmp_path: Path) -> None:
 def test_annealing_refuses_groups_of_the_optimizer_with_the_head_in_them(tmp_path: Path) -> None:
     model = tiny.bert()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    anchor = WeightAnchoring(0.1, annealing=sigmoid_annealing(0.1, 100))
+    anchor = WeightAnchoring(0.1, form=Decoupled(annealing=sigmoid_annealing(0.1, 100)))
     trainer = tiny.trainer(model, tiny.arguments(tmp_path), optimizers=(optimizer, None), callbacks=[anchor])
     attach(trainer)
     with pytest.raises(ValueError, match="they share a group of the optimizer with 2 others"):
@@ -256,7 +263,7 @@ def test_annealing_refuses_groups_of_the_optimizer_with_the_head_in_them(tmp_pat
 
 def test_a_midpoint_in_fractions_refuses_another_length_on_resume(tmp_path: Path) -> None:
     def make(steps: int) -> Trainer:
-        anchor = WeightAnchoring(0.1, annealing=sigmoid_annealing(0.5, 0.5))
+        anchor = WeightAnchoring(0.1, form=Decoupled(annealing=sigmoid_annealing(0.5, 0.5)))
         args = tiny.arguments(tmp_path, max_steps=steps, save_strategy="steps", save_steps=4)
         trainer = tiny.trainer(tiny.bert(), args, callbacks=[anchor])
         attach(trainer)
@@ -519,25 +526,6 @@ def test_other_adapters_are_pulled_to_their_start(config: dict[str, Any], tmp_pa
     )
 
 
-GIVEN: dict[str, Any] = {"form": "penalty"}
-
-
-@pytest.mark.parametrize(
-    ("make", "match"),
-    [
-        (lambda: WeightAnchoring(0.1, importance={}), "form='decoupled' has none. Take form=\"penalty\""),
-        (
-            lambda: WeightAnchoring(0.1, form="penalty", annealing=sigmoid_annealing(0.1, 10)),
-            "which form='penalty' does not have",
-        ),
-        (lambda: WeightAnchoring(1.0, form="mixout"), r"`strength` is 1.0; expected a number in \[0, 1\)"),
-    ],
-)
-def test_options_that_a_form_does_not_take_are_refused(make: Any, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        make()
-
-
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -551,13 +539,67 @@ def test_options_that_a_form_does_not_take_are_refused(make: Any, match: str) ->
 def test_an_importance_that_does_not_fit_is_refused(change: Any, match: str, tmp_path: Path) -> None:
     fisher = importance()
     change(fisher)
-    anchor = WeightAnchoring(0.1, form="penalty", importance=fisher)
+    anchor = WeightAnchoring(0.1, form=Penalty(importance=fisher))
     with pytest.raises(ValueError, match=match):
         tiny.trainer(tiny.bert(), tiny.arguments(tmp_path), callbacks=[anchor])
 
 
 def test_what_is_excluded_needs_no_importance(tmp_path: Path) -> None:
     fisher = {name: tensor for name, tensor in importance().items() if "embeddings" not in name}
-    anchor = WeightAnchoring(0.1, form="penalty", importance=fisher, exclude=("embeddings", "head"))
+    anchor = WeightAnchoring(0.1, form=Penalty(importance=fisher), exclude=("embeddings", "head"))
     train(tiny.bert(), tmp_path, anchor)
-    assert repr(anchor).endswith(f"importance=<of {len(fisher)} parameters>)")
+    assert f"form=Penalty(importance=<of {len(fisher)} parameters>)" in repr(anchor)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: WeightAnchoring(1.0, form=Mixout()), r"`strength` is 1.0; expected a number in \[0, 1\), the prob"),
+        (
+            lambda: WeightAnchoring(0.1, form=Mixout),
+            "`form` is <class .*Mixout'>; expected one of decoupled, .*Penalty",
+        ),  # type: ignore[arg-type]
+    ],
+)
+def test_a_form_checks_the_strength_and_a_class_is_none(make: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+FRESH: dict[str, Any] = {
+    "decoupled": lambda: Decoupled(annealing=sigmoid_annealing(0.5, 6)),
+    "penalty": lambda: Penalty(importance={name: 10 * tensor for name, tensor in importance().items()}),
+    "mixout": Mixout,
+    "features": Features,
+    "outputs": Outputs,
+}
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_one_form_in_two_trainings_at_once_is_as_two_forms(name: str, tmp_path: Path) -> None:
+    """The second training runs in the middle of the first, on a model of its own."""
+
+    class Meanwhile(TrainerCallback):
+        def __init__(self, form: Any) -> None:
+            self.form, self.end = form, dict[str, Tensor]()
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 5 and not self.end:
+                other = double(seed=4)
+                train(other, tmp_path / "other", WeightAnchoring(0.3, form=self.form), max_steps=3)
+                self.end = tiny.state(other)
+
+    def run(first: Any, second: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        model, meanwhile = double(), Meanwhile(second)
+        args = tiny.arguments(tmp_path, gradient_accumulation_steps=2)
+        trainer = tiny.trainer(model, args, callbacks=[WeightAnchoring(0.3, form=first), meanwhile])
+        attach(trainer)
+        trainer.train()
+        return tiny.state(model), meanwhile.end
+
+    shared = FRESH[name]()
+    ours, theirs = run(shared, shared), run(FRESH[name](), FRESH[name]())
+    assert not tiny.moved(ours[0], theirs[0])
+    assert not tiny.moved(ours[1], theirs[1])
+    assert tiny.moved(ours[0], ours[1])
+    assert not shared.opened

@@ -124,7 +124,7 @@ def memory(pretrained: str, folder: str, way: str) -> dict[str, int]:
     sampler = Sampler()
     trainer.add_callback(sampler)
     segment(trainer, watch, 0)
-    held = anchor._weights if anchor is not None else None
+    held = anchor._taken.tensors if anchor is not None and anchor._taken is not None else None
     size = sum(tensor.numel() * tensor.element_size() for tensor in held.values()) if held else 0
     return {"end of a step": statistics.median_low(sampler.ends), "most": sampler.most, "size": size}
 

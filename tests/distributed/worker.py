@@ -42,7 +42,7 @@ from tl_callbacks import (
     schedule_from_probes,
     slanted_triangular,
 )
-from tl_callbacks.anchoring import sigmoid_annealing
+from tl_callbacks.anchoring import Decoupled, Penalty, sigmoid_annealing
 from tl_callbacks.dtensors import local, reshard, whole
 from tl_callbacks.parameters import parameters_by_name
 from tl_callbacks.unfreezing import callback
@@ -375,10 +375,12 @@ def importance() -> dict[str, torch.Tensor]:
     return {name: torch.rand(p.shape, generator=generator, dtype=torch.float64) for name, p in named}
 
 
-ANNEALED: Callbacks = lambda g, n: [WeightAnchoring(0.2, annealing=sigmoid_annealing(0.5, 6))]  # noqa: E731
+ANNEALED: Callbacks = lambda g, n: [  # noqa: E731
+    WeightAnchoring(0.2, form=Decoupled(annealing=sigmoid_annealing(0.5, 6)))
+]
 MIXOUT: Callbacks = lambda g, n: [WeightAnchoring(0.3, form="mixout")]  # noqa: E731
 SHARDED = ("1 rank", "2 ranks", "FSDP2")
-CELLS["EWC"] = Cell(lambda g, n: [WeightAnchoring(5.0, form="penalty", importance=importance())], SGD, layouts=SHARDED)
+CELLS["EWC"] = Cell(lambda g, n: [WeightAnchoring(5.0, form=Penalty(importance=importance()))], SGD, layouts=SHARDED)
 CELLS["annealed"] = Cell(ANNEALED, layouts=SHARDED)
 CELLS["mixout"] = Cell(MIXOUT, SGD)
 CELLS["mixout, double batch"] = Cell(MIXOUT, SGD, batch=16)

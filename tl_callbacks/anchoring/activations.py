@@ -4,17 +4,16 @@ They run the reference on each micro-batch, once, without gradient, and add a te
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerState
 
 from tl_callbacks.anchoring.beside import as_reference, floating_buffers
-from tl_callbacks.anchoring.forms import Anchored, AnchoredUpdate, Form, Lent
+from tl_callbacks.anchoring.forms import Form, Opening
 from tl_callbacks.anchoring.loss_term import LossTerm
 from tl_callbacks.anchoring.observing import Observed, Observer
 from tl_callbacks.fingerprints import base_model
@@ -33,13 +32,12 @@ class Activations(Form):
 
     def __init__(self) -> None:
         super().__init__()
-        self._lent: Lent | None = None
         self._buffers: dict[str, Tensor] = {}
         self._observer: Observer | None = None
         self._term: LossTerm | None = None
         self._sums: dict[str, Tensor] = {}
 
-    def take(self, model: nn.Module, given: Mapping[str, Tensor] | None) -> None:
+    def take(self, model: nn.Module, names: list[str], given: Mapping[str, Tensor] | None) -> None:
         """Keep the buffers that training moves, such as BatchNorm's statistics."""
         theirs = {normalise(name): tensor for name, tensor in (given or {}).items()}
         now = floating_buffers(model)
@@ -50,39 +48,22 @@ class Activations(Form):
     def findings(self, trainer: Trainer) -> list[str]:
         """Return why the reference could not run beside the model."""
         text = (
-            f"WeightAnchoring with form={type(self).__name__} runs the model with the pretrained weights in its "
+            f"WeightAnchoring with form={self.name!r} runs the model with the pretrained weights in its "
             'place, which it cannot under FSDP 2. Train with DDP, or choose form="decoupled" or "penalty".'
         )
         return [text] if sharding(trainer) == "fsdp2" else []
 
-    def lend(self, lent: Lent) -> None:
-        """Take the trainer, the groups and the reference."""
-        self._lent = lent
-
-    def open(
-        self,
-        model: nn.Module,
-        optimizer: Any,
-        anchored: list[Anchored],
-        updates: Sequence[AnchoredUpdate] = (),
-        *,
-        seed: int = 0,
-    ) -> None:
-        """Watch the groups and enter the trainer's loss.
+    def hooks(self, opening: Opening) -> list[RemovableHandle]:
+        """Watch the groups and enter the trainer's loss; the observer has hooks of its own.
 
         Raises:
             RuntimeError: the callback was not attached.
             ValueError: a group has no place where it can be read.
         """
         trainer = self._trainer()
-        super().open(model, optimizer, anchored, updates, seed=seed)
-        self._observer = Observer(model, self.points(model))
+        self._observer = Observer(opening.model, self.points(opening.model))
         self._term = LossTerm(trainer, self._observer.listen, self._of_micro_batch)
         self._term.enter()
-
-    def hooks(self, model: nn.Module, optimizer: Optimizer) -> list[RemovableHandle]:
-        """Register none: the observer has its own."""
-        self._model = model
         return []
 
     def begin_step(self, optimizer: Any, state: TrainerState) -> None:
@@ -126,28 +107,22 @@ class Activations(Form):
         """Return strength and mean over the rows of each part of the term, by the name it is measured under."""
         raise NotImplementedError
 
-    @property
-    def lent(self) -> Lent:
-        """What was lent when the training began."""
-        assert self._lent is not None
-        return self._lent
-
     def _trainer(self) -> Trainer:
-        if self.lent.trainer is None:
+        if self.opening.trainer is None:
             raise RuntimeError(
-                f"WeightAnchoring with form={type(self).__name__} adds a term to the Trainer's loss and needs the "
+                f"WeightAnchoring with form={self.name!r} adds a term to the Trainer's loss and needs the "
                 "trainer. Call attach(trainer) before trainer.train()."
             )
-        return self.lent.trainer
+        return self.opening.trainer
 
     def _of_micro_batch(self, share: float) -> Tensor | None:
         assert self._observer is not None
         calls = self._observer.heard()
         if not calls:
             raise RuntimeError(
-                f"the loss was computed without a call of {type(self._model).__name__} that records a gradient, so "
-                "there is nothing to compare with the reference. Compute it from the model's own forward, or choose "
-                'form="decoupled" or "penalty".'
+                f"the loss was computed without a call of {type(self.opening.model).__name__} that records a "
+                "gradient, so there is nothing to compare with the reference. Compute it from the model's own forward, "
+                'or choose form="decoupled" or "penalty".'
             )
         parts: list[Tensor] = []
         for seen in calls:  # a loss may call the model several times, as on the two texts of a pair
@@ -160,9 +135,10 @@ class Activations(Form):
     def _reference(self, seen: Observed) -> Observed:
         """Return what the reference computes from the inputs of a forward."""
         assert self._observer is not None
+        model = self.opening.model
         self._observer.listen(graphs=False)
-        with as_reference(self._model, self.lent.reference, self._buffers):
-            self._model(*seen.args, **without_labels(self._model, seen.kwargs))
+        with as_reference(model, self.opening.reference, self._buffers):
+            model(*seen.args, **without_labels(model, seen.kwargs))
         return self._observer.heard()[-1]
 
     def _placed(self, values: Tensor, seen: Observed, stream: Stream) -> tuple[Tensor, Tensor | None]:
@@ -171,7 +147,7 @@ class Activations(Form):
             return values, None
         mask = seen.call.mask(stream, values)
         values = rows_first(values, seen.call.rows, mask, seen.call.segments)
-        return values, fitting(mask, values, prompted=is_peft(self._model)) if values.ndim == 3 else None
+        return values, fitting(mask, values, prompted=is_peft(self.opening.model)) if values.ndim == 3 else None
 
 
 def head_parameters(groups: LayerGroups) -> set[str]:

@@ -22,8 +22,13 @@ class Features(Activations):
     Example:
         >>> Features()
         Features()
+
+    References:
+        Li et al., "DELTA: Deep Learning Transfer using Feature Map with Attention for Convolutional Networks",
+        ICLR 2019. https://arxiv.org/abs/1901.09229
     """
 
+    name = "features"
     unit = "the factor of the mean squared difference"
 
     def __repr__(self) -> str:
@@ -36,13 +41,13 @@ class Features(Activations):
 
     def points(self, model: nn.Module) -> dict[str, ReadPoint]:
         """Return where the anchored groups are read."""
-        found = read_points(model, self.lent.groups)
-        if missing := [name for name in self.lent.strengths if name not in found]:
+        found = read_points(model, self.opening.groups)
+        if missing := [name for name in self.opening.strengths if name not in found]:
             raise ValueError(
                 f"no module stands for the group `{missing[0]}` ({len(missing)} such in all), so its features cannot "
                 "be read. Name it in `exclude`, or merge it with the group above."
             )
-        self._points = {name: found[name] for name in self.lent.strengths}
+        self._points = {name: found[name] for name in self.opening.strengths}
         return self._points
 
     def measures(self) -> list[str]:
@@ -56,7 +61,9 @@ class Features(Activations):
     def terms(self, seen: Observed, reference: Observed) -> dict[str, tuple[float, Tensor]]:
         """Return the distance of each group that has a gradient and that both forwards have passed."""
         both = [n for n, ours in seen.features.items() if ours.requires_grad and n in reference.features]
-        return {f"features/{name}": (self.lent.strengths[name], self._distance(name, seen, reference)) for name in both}
+        return {
+            f"features/{name}": (self.opening.strengths[name], self._distance(name, seen, reference)) for name in both
+        }
 
     def what(self) -> str:
         """Return which groups' features are kept."""

@@ -48,15 +48,15 @@ def checkpoint_files(model: nn.Module) -> list[Path]:
     names = list(dict.fromkeys(str(name) for part in parts if (name := getattr(part.config, "_name_or_path", None))))
     if not names:
         raise ValueError(
-            f'source="checkpoint" with a {type(model).__name__} that names no checkpoint; expected one that '
-            "from_pretrained loaded. Load it so, or keep the reference in memory (source=None)."
+            f'the reference is "checkpoint", and the {type(model).__name__} names none; expected a model that '
+            "from_pretrained loaded. Load it so, or keep the reference in memory."
         )
     found = {file.resolve(): file for name in names for folder in _folders(name) for file in _files(folder)}
     if not found:
         raise ValueError(
             f"no {_SUFFIX} file of `{', '.join(names)}` is in a local folder or in the cache {constants.HF_HUB_CACHE}; "
             "expected the files that the model was loaded from. Save it as safetensors with save_pretrained and load "
-            "that, or keep the reference in memory (source=None)."
+            "that, or keep the reference in memory."
         )
     return list(found.values())
 

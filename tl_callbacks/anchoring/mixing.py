@@ -1,15 +1,13 @@
 """The form of Mixout: when the weights of a step are mixed with the reference, and when they are themselves again."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerState
 
-from tl_callbacks.anchoring.forms import Anchored, AnchoredUpdate, Form
+from tl_callbacks.anchoring.forms import Form, Opening
 from tl_callbacks.anchoring.mixout import mix_, mixed_gradient, mixout_mask
 from tl_callbacks.sharding import sharding
 
@@ -17,11 +15,24 @@ from tl_callbacks.sharding import sharding
 class Mixout(Form):
     """Each step's forward and backward passes see some weights replaced by the reference's, with the right mean.
 
+    Every element is the reference's with the probability `strength`, else farther from it by 1 / (1 - strength), so
+    that the mean over draws is the weight itself. The masks depend on `args.seed`, the step and the parameter's name
+    alone.
+
     The weights are mixed in place before the first training forward of a step and put back, bit for bit, when its
     gradients are complete; an evaluation in between sees the weights themselves. All micro-batches of a step, and all
     ranks, see the same mix. Memory: the anchored parameters once more, and a byte for each element.
+
+    Example:
+        >>> Mixout()
+        Mixout()
+
+    References:
+        Lee, Cho and Kang, "Mixout: Effective Regularization to Finetune Large-scale Pretrained Language Models",
+        ICLR 2020. https://arxiv.org/abs/1909.11299
     """
 
+    name = "mixout"
     below_one = True
     unit = "the probability with which an element is the reference's for a step"
 
@@ -32,6 +43,9 @@ class Mixout(Form):
         self._own: list[Tensor | None] = []
         self._mixed = False
 
+    def __repr__(self) -> str:
+        return "Mixout()"
+
     def findings(self, trainer: Trainer) -> list[str]:
         """Return that FSDP2 has no place for the gradient's mask."""
         if sharding(trainer) != "fsdp2":
@@ -39,25 +53,13 @@ class Mixout(Form):
         why = "it writes the gradients of a shard past the autograd engine, where no mask can enter before they add up"
         return [f'form="mixout" does not support FSDP 2: {why}. Train with DDP, or take form="decoupled".']
 
-    def open(
-        self,
-        model: nn.Module,
-        optimizer: Any,
-        anchored: list[Anchored],
-        updates: Sequence[AnchoredUpdate] = (),
-        *,
-        seed: int = 0,
-    ) -> None:
-        """Register the hooks."""
-        super().open(model, optimizer, anchored, updates, seed=seed)
-        self._masks = [None] * len(anchored)
-        self._own = [None] * len(anchored)
-
-    def hooks(self, model: nn.Module, optimizer: Optimizer) -> list[RemovableHandle]:
+    def hooks(self, opening: Opening) -> list[RemovableHandle]:
         """Mix before the first training forward of a step, and put the weights back before they are updated."""
+        self._masks = [None] * len(opening.anchored)
+        self._own = [None] * len(opening.anchored)
         return [
-            model.register_forward_pre_hook(self._choose),
-            optimizer.register_step_pre_hook(lambda *_: self.end_gradients()),
+            opening.model.register_forward_pre_hook(self._choose),
+            opening.optimizer.register_step_pre_hook(lambda *_: self.end_gradients()),
         ]
 
     def begin_step(self, optimizer: Any, state: TrainerState) -> None:
@@ -68,7 +70,7 @@ class Mixout(Form):
     def end_gradients(self) -> None:
         """Put the weights back; until the next step begins nothing is mixed."""
         self._put_back()
-        self._masks = [None] * len(self.anchored)
+        self._masks = [None] * len(self._masks)
         self._step = None
 
     def close(self) -> None:
@@ -90,11 +92,11 @@ class Mixout(Form):
             return
         assert self._step is not None
         self._mixed = True
-        for number, (parameter, reference, probability, _, name, _) in enumerate(self.anchored):
+        for number, (parameter, reference, probability, _, name) in enumerate(self.opening.anchored):
             if not parameter.requires_grad:
                 continue
             if (mask := self._masks[number]) is None:
-                mask = mixout_mask(parameter, probability, seed=self.seed, step=self._step, name=name)
+                mask = mixout_mask(parameter, probability, seed=self.opening.seed, step=self._step, name=name)
                 self._masks[number] = mask
             if (own := self._own[number]) is None:  # trains for the first time
                 self._handles.append(self._watch(number))
@@ -106,13 +108,13 @@ class Mixout(Form):
         if not self._mixed:
             return
         self._mixed = False
-        for one, own, mask in zip(self.anchored, self._own, self._masks, strict=True):
+        for one, own, mask in zip(self.opening.anchored, self._own, self._masks, strict=True):
             if own is not None and mask is not None:
                 one.parameter.copy_(own)
 
     def _watch(self, number: int) -> RemovableHandle:
         """Turn what each backward gives a mixed parameter into its own gradient, before it is added up or reduced."""
-        parameter, _, probability, *_ = self.anchored[number]
+        parameter, _, probability, *_ = self.opening.anchored[number]
 
         def masked(gradient: Tensor) -> Tensor | None:
             mask = self._masks[number]

@@ -34,8 +34,12 @@ class Outputs(Activations):
     Example:
         >>> Outputs(classes=range(5))
         Outputs(temperature=2.0, classes=range(0, 5), old_head=None)
+
+    References:
+        Li and Hoiem, "Learning without Forgetting", ECCV 2016. https://arxiv.org/abs/1606.09282
     """
 
+    name = "outputs"
     unit = "the factor of the divergence from the old outputs"
     by_group = False
 
@@ -62,8 +66,8 @@ class Outputs(Activations):
         """Return where the head is given its features, if an old head is to be given them too."""
         if self.old_head is None:
             return {}
-        head = self.lent.groups.head or ""
-        point = read_points(model, self.lent.groups).get(head)
+        head = self.opening.groups.head or ""
+        point = read_points(model, self.opening.groups).get(head)
         if point is None:
             raise ValueError(
                 f"no module stands for the head group `{head}`, so what an old head would be given cannot be read. "
@@ -82,7 +86,7 @@ class Outputs(Activations):
 
     def terms(self, seen: Observed, reference: Observed) -> dict[str, tuple[float, Tensor]]:
         """Return the distillation loss."""
-        config = getattr(base_model(self._model), "config", None)
+        config = getattr(base_model(self.opening.model), "config", None)
         problem = getattr(config, "problem_type", None) if self.old_head is None else None
         ours, theirs = self._logits(seen), self._logits(reference)
         if problem == "regression" or (ours.shape[-1] < 2 and problem != "multi_label_classification"):
@@ -95,13 +99,13 @@ class Outputs(Activations):
         theirs, _ = self._placed(theirs, seen, stream)
         independent = problem == "multi_label_classification"
         loss = distillation_loss(ours, theirs, mask, temperature=self.temperature, independent=independent)
-        return {"outputs": (max(self.lent.strengths.values()), loss)}
+        return {"outputs": (max(self.opening.strengths.values()), loss)}
 
     def what(self) -> str:
         """Return that outputs are kept."""
         return "keeps the old outputs near the reference's"
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, strength: float | Mapping[str, float]) -> dict[str, Any]:
         """Return temperature, classes and whether an old head is given."""
         classes = None if self.classes is None else list(self.classes)
         return {"temperature": self.temperature, "classes": classes, "old_head": self.old_head is not None}

@@ -4,13 +4,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from tl_callbacks.anchoring.forms import Anchored, AnchoredUpdate
 from tl_callbacks.anchoring.penalties import distance
 from tl_callbacks.anchoring.updates import LoraUpdate, update_norm
-from tl_callbacks.dtensors import placed_like
 from tl_callbacks.groups import LayerGroup
 
 
@@ -20,17 +18,15 @@ def pair(
     strengths: Mapping[str, float],
     optimizer: Optimizer,
     updates: Iterable[LoraUpdate] = (),
-    importance: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Anchored], list[AnchoredUpdate]]:
     """Return the parameters that are anchored one by one, and the LoRA updates that are anchored as a whole.
 
     Args:
         parameters: by normalised name.
-        references: placed like the parameters; what has none is left out.
+        references: placed like the parameters; what has none, as the factors of `updates`, is left out.
         strengths: of the parameters that are anchored.
         optimizer: what steps them; those that it does not hold are left out.
         updates: what LoRA adds to the weights, where that is what is anchored.
-        importance: of the parameters' elements.
 
     Example:
         >>> import torch
@@ -46,12 +42,10 @@ def pair(
         for update in updates
         if (key := id(update.moving)) in strength_of and key in holder
     ]
-    apart = {id(parameter) for one in held for parameter in one.update.parameters}
-    importance = importance or {}
     anchored = [
-        Anchored(p, references[name], strength, holder[id(p)], name, _beside(importance.get(name), p))
+        Anchored(p, references[name], strength, holder[id(p)], name)
         for name, strength in strengths.items()
-        if name in references and id(p := parameters[name]) in holder and id(p) not in apart
+        if name in references and id(p := parameters[name]) in holder
     ]
     return anchored, held
 
@@ -64,10 +58,12 @@ def group_distances(
 ) -> dict[str, float]:
     """Return each group's Euclidean distance from the reference, bottom to top; of LoRA the norm of what it adds.
 
+    Groups of which nothing is anchored are left out.
+
     Args:
         groups: the layer groups.
         parameters: by normalised name.
-        references: of those that are anchored; groups without any are left out.
+        references: of those that are anchored one by one.
         updates: what LoRA adds to the weights, where that is what is anchored.
 
     Example:
@@ -80,17 +76,10 @@ def group_distances(
     in_updates = {id(parameter) for update in updates for parameter in update.parameters}
     result = {}
     for group in groups:
-        held = {name: parameters[name] for name in group.parameters if name in references}
-        apart = ((p, references[name]) for name, p in held.items() if id(p) not in in_updates)
+        held = {name: parameters[name] for name in group.parameters if name in parameters}
         ids = {id(parameter) for parameter in held.values()}
         norms = [update_norm(update) for update in updates if id(update.moving) in ids]
-        if held:
+        apart = [(p, references[n]) for n, p in held.items() if n in references and id(p) not in in_updates]
+        if apart or norms:
             result[group.name] = math.hypot(distance(apart), *norms)
     return result
-
-
-def _beside(importance: Tensor | None, parameter: nn.Parameter) -> Tensor | None:
-    """Return an importance on the device and in the shards of its parameter, in its own dtype unless it is sharded."""
-    if importance is None:
-        return None
-    return placed_like(importance, parameter) if isinstance(parameter, DTensor) else importance.to(parameter.device)

@@ -81,11 +81,13 @@ class Reference:
             'the reference: 2 tensors in memory, in bfloat16 on the cpu'
         """
         if isinstance(source, str) and source != "checkpoint":
-            raise ValueError(f'`source` is {source!r}; expected None, "checkpoint" or a mapping of names to tensors.')
+            raise ValueError(
+                f'the reference is {source!r}; expected None, "checkpoint" or a mapping of names to tensors.'
+            )
         if source == "checkpoint" and not (dtype is None and device is None):
             raise ValueError(
-                'source="checkpoint" with `dtype` or `device`; expected neither, as the weights stay in the file as '
-                "they are. Leave them out, or leave `source` out for copies."
+                'the reference "checkpoint" with a dtype or a device; expected neither, as the weights stay in the '
+                'file as they are. Leave them out, or leave "checkpoint" out for copies.'
             )
         taken, names = cls(source, dtype, device), list(names)
         parameters = parameters_by_name(model)
@@ -105,9 +107,10 @@ class Reference:
 
     @property
     def fingerprint(self) -> str | None:
-        """16 hexadecimal digits of the values in the parameters' dtypes, wherever they live; the same on all ranks.
+        """16 hexadecimal digits of the values in the parameters' dtypes, wherever they live.
 
-        None on a rank that has no weights yet (accelerate's cpu_ram_efficient_loading), until `placed`.
+        After `agree` it is the same on all ranks; until then None on a rank that has no weights yet (accelerate's
+        cpu_ram_efficient_loading). None where there are no tensors, too.
         """
         if not self._hashes:
             return None
@@ -150,6 +153,18 @@ class Reference:
         if self._files is not None:
             self._files.check()
 
+    def agree(self) -> set[str]:
+        """Take the first rank's values for all, once; return the names whose values differed. Call it on all ranks."""
+        if self._differing is None:
+            self._differing = self._agree()
+        return self._differing
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Forget tensors that are no part of the reference after all. Give all ranks the same."""
+        for name in names:
+            for held in (self.tensors, self.mapped, self.copied, self._dtypes, self._hashes):
+                held.pop(name, None)
+
     @torch.no_grad()
     def placed(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the reference as the operations take it beside this model's parameters. Call it on all ranks.
@@ -166,12 +181,10 @@ class Reference:
             RuntimeError: a checkpoint's file was written to since it was mapped.
         """
         self.check()
-        parameters = parameters_by_name(model)
-        if self._differing is None:
-            self._differing = self._agree()
+        parameters, differing = parameters_by_name(model), self.agree()
         result = {}
         for name in self.tensors:
-            like, differs = parameters[name], name in self._differing
+            like, differs = parameters[name], name in differing
             follows = name not in self.mapped and self._dtype is None and self._device is None
             if differs and not isinstance(like, DTensor):
                 self.tensors[name] = self._from_first(name, like)

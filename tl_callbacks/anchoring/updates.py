@@ -55,6 +55,11 @@ class LoraUpdate(NamedTuple):
         """The factor that is zero at the start, whose change is the update's."""
         return self.up if self.zero == "up" else self.down
 
+    @property
+    def staying(self) -> nn.Parameter:
+        """The other factor."""
+        return self.down if self.zero == "up" else self.up
+
 
 def lora_updates(model: nn.Module, zero: Mapping[str, Literal["up", "down"]] | None = None) -> list[LoraUpdate]:
     """Return the updates of a model's active LoRA adapters that are zero now: there the model is the one below them.

@@ -1,20 +1,19 @@
 """The adapter: a training ends between the pretrained weights and the tuned ones (WiSE-FT)."""
 
-import re
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from tl_callbacks import events
+from tl_callbacks.anchoring.beside import floating_buffers
 from tl_callbacks.anchoring.interpolation import Place, choose, interpolate_
-from tl_callbacks.anchoring.reference import Reference
+from tl_callbacks.anchoring.referenced import WithReference
 from tl_callbacks.callbacks import TransferCallback, announce
-from tl_callbacks.discovery import group_layers
 from tl_callbacks.dtensors import local, reshard
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.parameters import parameters_by_name
@@ -30,7 +29,7 @@ class _Between(NamedTuple):
     tuned: Tensor
 
 
-class WeightInterpolation(TransferCallback):
+class WeightInterpolation(WithReference):
     """Leaves the model, when training ends, at the best place between its pretrained and its tuned weights (WiSE-FT).
 
     theta = (1 - alpha) * theta_pre + alpha * theta_tuned, for each alpha of a grid, is evaluated on a development set;
@@ -39,8 +38,12 @@ class WeightInterpolation(TransferCallback):
     goes into `recipe.json`. It comes after `load_best_model_at_end`; what `trainer.save_model()` saves then is the
     model at the chosen place, while checkpoints hold the tuned weights.
 
-    The head is not interpolated unless `exclude` says so: its pretrained weights are random. In a PEFT model it is the
-    adapter that is interpolated, between its initial state and the tuned one.
+    The head is not interpolated unless `exclude` says so: its pretrained weights are random. A run that is resumed with
+    another reference is refused, as by `WeightAnchoring`.
+
+    With LoRA adapters that add nothing at the start, alpha scales what they add: theta = theta_pre + alpha * s * B A.
+    The factor that was zero is interpolated and the other stays tuned. Other adapters are interpolated between their
+    initial state and the tuned one.
 
     Args:
         alphas: the grid, each from 0 (pretrained) to 1 (tuned); 1 is always evaluated.
@@ -51,12 +54,15 @@ class WeightInterpolation(TransferCallback):
             is, such as `monitor.retention` of a `ForgettingMonitor`.
         min_retention: the least retention, above 0 and up to 1; None: any.
         dataset: the development set: a data set, or the name of one in the Trainer's `eval_dataset`; None: that one.
-        reference: as in `WeightAnchoring`.
+        reference: as in `WeightAnchoring`, as are the next two.
+        reference_dtype: of the copies; None: the parameters'.
+        reference_device: of the copies; None: the parameters'.
         exclude: names or patterns of groups that stay tuned; None: the head group; (): none.
         groups: the layer groups; None: `group_layers(model)`.
 
     Raises:
         ValueError: an alpha or `min_retention` is out of range, or `min_retention` is given without `retention`.
+        RuntimeError: when training begins: the run that is resumed began with another reference.
 
     Example:
         >>> WeightInterpolation(alphas=(0.5, 1.0), metric="accuracy")
@@ -65,6 +71,8 @@ class WeightInterpolation(TransferCallback):
     References:
         Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022. https://arxiv.org/abs/2109.01903
     """
+
+    _event = "interpolation_start"
 
     def __init__(
         self,
@@ -76,6 +84,8 @@ class WeightInterpolation(TransferCallback):
         min_retention: float | None = None,
         dataset: Any = None,
         reference: Literal["checkpoint"] | Mapping[str, Tensor] | None = None,
+        reference_dtype: torch.dtype | None = None,
+        reference_device: str | torch.device | None = None,
         exclude: Sequence[str] | None = None,
         groups: LayerGroups | None = None,
     ) -> None:
@@ -88,22 +98,18 @@ class WeightInterpolation(TransferCallback):
                 "`min_retention` is given without `retention`, which measures it; give retention=monitor.retention of "
                 "a ForgettingMonitor."
             )
+        super().__init__(reference, reference_dtype, reference_device, exclude, groups)
         self.alphas = tuple(alphas)
         self.metric = metric
         self.greater_is_better = greater_is_better
         self.retention = retention
         self.min_retention = min_retention
         self.dataset = dataset
-        self.reference = reference
-        self.exclude = exclude
-        self.groups = groups
         self.places: list[Place] = []
         """What was measured, by ascending alpha; empty before training has ended."""
         self.chosen: Place | None = None
         """The place where the model was left; None before training has ended."""
-        self._taken: Reference | None = None
         self._buffers: dict[str, Tensor] = {}
-        self._model: Callable[[], nn.Module | None] = lambda: None
 
     def __repr__(self) -> str:
         return (
@@ -112,18 +118,12 @@ class WeightInterpolation(TransferCallback):
 
     def findings(self, trainer: Trainer) -> list[str]:
         """Return what would go wrong: no development set, a checkpoint taken for pretrained weights, a wrong order."""
-        found = []
+        found = super().findings(trainer)
         if self.dataset is None and (trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict)):
             held = "several, by name" if trainer.eval_dataset else "none"
             found.append(
                 f"WeightInterpolation needs one development set, and the Trainer's eval_dataset holds {held}. Give "
                 "`dataset`."
-            )
-        path = str(getattr(getattr(trainer.model, "config", None), "_name_or_path", ""))
-        if not isinstance(self.reference, Mapping) and re.search(r"checkpoint-\d+/?$", path):
-            found.append(
-                f"WeightInterpolation would take the weights of `{path}` for the pretrained ones. Load the pretrained "
-                "model and pass resume_from_checkpoint to train(), or give reference=pretrained.state_dict()."
             )
         ours = [one for one in trainer.callback_handler.callbacks if isinstance(one, TransferCallback)]
         first = next((type(one).__name__ for one in ours if type(one).__name__ in _AFTER), None)
@@ -138,87 +138,78 @@ class WeightInterpolation(TransferCallback):
             )
         return found
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take the reference, before anything is loaded or trained."""
-        self._take(kwargs["model"])
-
-    def on_attach(self, trainer: Trainer) -> None:
-        """Take the reference if the callback was added after the Trainer was made."""
-        super().on_attach(trainer)
-        assert trainer.model is not None
-        self._take(trainer.model)
-
-    def before_optimizer_load(self, model: nn.Module, state: TrainerState) -> None:
-        """Take the reference anew where `model_init` made another model for a fresh training."""
-        if state.global_step == 0:
-            self._take(model)
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check that there is a trainer and a reference."""
-        if self.trainer is None or self._taken is None:
+        """Settle what the reference is, and record it or check that a resumed run has the same."""
+        if self.trainer is None:
             raise RuntimeError("WeightInterpolation needs the trainer. Call attach(trainer) before trainer.train().")
         self.places, self.chosen = [], None
+        reference = self._settled(kwargs["model"])
+        still = {id(update.staying) for update in self._updates(kwargs["model"])}
+        reference.leave_out([n for n, p in parameters_by_name(kwargs["model"]).items() if id(p) in still])
+        self._prove(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Evaluate each place, and leave the model at the chosen one."""
-        assert self.trainer is not None
-        with random_states_kept(args.device, args.seed), evaluating(kwargs["model"]):
-            self.chosen = self._settle(self.trainer, kwargs["model"])
+        """Evaluate each place, and leave the model at the chosen one."""
+        self.chosen = self._walk(kwargs["model"], args)
         curve = [place._asdict() for place in self.places]
         facts = {"alpha": self.chosen.alpha, "curve": curve}
         events.emit(state.log_history, "interpolation", step=state.global_step, **facts)
         self.log({"tl/interpolation/alpha": self.chosen.alpha}, state)
-        announce(f"WeightInterpolation leaves the model at alpha = {self.chosen.alpha:g} of {len(curve)} places", state)
+        where = f"at alpha = {self.chosen.alpha:g} of {len(curve)} places{self._where()}"
+        announce(f"WeightInterpolation leaves the model {where}", state)
         self._warn(self.chosen)
 
-    def facts(self) -> Mapping[str, Any]:
-        """Return the rule, the whole curve, and the place where the model was left."""
+    def facts(self) -> dict[str, Any]:
+        """Return the rule, the whole curve, the place where the model was left, and the reference."""
         return {
             "metric": self.metric,
             "min_retention": self.min_retention,
-            "exclude": self.exclude and list(self.exclude),
             "curve": [place._asdict() for place in self.places],
             "alpha": self.chosen and self.chosen.alpha,
-            "reference": self._taken and self._taken.facts(),
+            **super().facts(),
         }
 
-    def _take(self, model: nn.Module) -> None:
-        if self._model() is model:
-            return
-        groups = self.groups or group_layers(model)
-        excluded = groups.select(self.exclude) if self.exclude is not None else (groups.head,)
-        trained = parameters_by_name(model)
-        names = [
-            name
-            for group in groups
-            if group.name not in excluded
-            for name in group.parameters
-            if trained[name].is_floating_point()
-        ]
-        self._taken = Reference.take(model, names, source=self.reference)
-        # Statistics of norms and the like, which training moves too.
-        self._buffers = {
-            name: buffer.detach().clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()
-        }
-        self._model = weakref.ref(model)
+    def _names(self, model: nn.Module) -> list[str]:
+        """Return what is interpolated: what has a group that is not excluded, and is no integer."""
+        groups, parameters = self._layers(model), parameters_by_name(model)
+        excluded = self._excluded(groups)
+        names = [name for group in groups if group.name not in excluded for name in group.parameters]
+        return [name for name in names if parameters[name].is_floating_point()]
 
-    def _settle(self, trainer: Trainer, model: nn.Module) -> Place:
-        """Measure every place and leave the model at the best one."""
+    def _keep(self, model: nn.Module, names: list[str]) -> None:
+        """Keep the statistics of norms and the like, which training moves too."""
+        self._buffers = {name: buffer.detach().clone() for name, buffer in floating_buffers(model).items()}
+
+    def _walk(self, model: nn.Module, args: TrainingArguments) -> Place:
+        """Measure each place, leave the model at the one that the rule chooses, and return it."""
+        assert self.trainer is not None
         reshard(model)
-        with self._tuned_kept(self._pairs(model)) as pairs:
+        with random_states_kept(args.device, args.seed), evaluating(model), self._pairs(model) as pairs:
             for alpha in sorted({*self.alphas, 1.0}, reverse=True):  # 1 first: an unknown metric changes nothing
-                reshard(model)
-                self._move(pairs, alpha)
-                self.places.insert(0, self._measured(trainer, alpha))
-            better = self._greater(trainer.args)
-            chosen = choose(self.places, greater_is_better=better, min_retention=self.min_retention)
-            reshard(model)
-            self._move(pairs, chosen.alpha)
+                _move(model, pairs, alpha)
+                self.places.insert(0, self._measured(self.trainer, alpha))
+            chosen = choose(self.places, greater_is_better=self._greater(args), min_retention=self.min_retention)
+            _move(model, pairs, chosen.alpha)
         return chosen
+
+    @contextmanager
+    def _pairs(self, model: nn.Module) -> Iterator[list[_Between]]:
+        """Yield the tensors between which the model moves; if anything goes wrong the tuned ones are put back."""
+        assert self._taken is not None
+        parameters, buffers = parameters_by_name(model), floating_buffers(model)
+        held = [(parameters[name].detach(), reference) for name, reference in self._taken.placed(model).items()]
+        held += [(buffers[name], before) for name, before in self._buffers.items() if name in buffers]
+        pairs = [_Between(one, reference, local(one).clone()) for one, reference in held]
+        try:
+            yield pairs
+        except BaseException:
+            _move(model, pairs, 1.0)
+            raise
 
     def _warn(self, chosen: Place) -> None:
         if self.min_retention is not None and not (chosen.retention or 0) >= self.min_retention:
@@ -227,30 +218,8 @@ class WeightInterpolation(TransferCallback):
                 f"left at alpha = {chosen.alpha:g}, where retention is {chosen.retention:.4g}, the most there is. "
                 "Train less or with an anchor, or give more alphas near 0.",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-
-    def _pairs(self, model: nn.Module) -> list[_Between]:
-        assert self._taken is not None
-        parameters, buffers = parameters_by_name(model), dict(model.named_buffers())
-        held: list[tuple[Tensor, Tensor]]
-        held = [(parameters[name], reference) for name, reference in self._taken.placed(model).items()]
-        held += [(buffers[name], before) for name, before in self._buffers.items() if name in buffers]
-        return [_Between(one.detach(), reference, local(one.detach()).clone()) for one, reference in held]
-
-    @contextmanager
-    def _tuned_kept(self, pairs: list[_Between]) -> Iterator[list[_Between]]:
-        """Put the tuned weights back if anything goes wrong."""
-        try:
-            yield pairs
-        except BaseException:
-            self._move(pairs, 1.0)
-            raise
-
-    @staticmethod
-    def _move(pairs: Sequence[_Between], alpha: float) -> None:
-        for tensor, reference, tuned in pairs:
-            interpolate_(tensor, reference, tuned, alpha)
 
     def _measured(self, trainer: Trainer, alpha: float) -> Place:
         """Return the metric and the retention of the model as it is."""
@@ -279,6 +248,12 @@ class WeightInterpolation(TransferCallback):
         if self.metric is None and args.metric_for_best_model is not None and args.greater_is_better is not None:
             return bool(args.greater_is_better)
         return not self._name(args).endswith("loss")
+
+
+def _move(model: nn.Module, pairs: Sequence[_Between], alpha: float) -> None:
+    reshard(model)
+    for tensor, reference, tuned in pairs:
+        interpolate_(tensor, reference, tuned, alpha)
 
 
 _AFTER = ("ForgettingMonitor", "RepresentationProbes", "WeightAnchoring")
