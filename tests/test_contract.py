@@ -39,7 +39,7 @@ MAKE: dict[str, Any] = {
     "RepresentationProbes": lambda groups: RepresentationProbes("eval", groups, reference_set=tiny.texts(20, seed=9)),
     "Strategy": lambda groups: Strategy("full", {}, "trains everything"),
     "WeightAnchoring": lambda groups: WeightAnchoring(0.05),
-    "WeightInterpolation": lambda groups: WeightInterpolation([1.0], groups=groups),
+    "WeightInterpolation": lambda groups: WeightInterpolation([0.5]),
 }
 
 

@@ -272,7 +272,7 @@ def test_fsdp2_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2, sync_module_states=False)
         monkeypatch.setitem(trainer.accelerator.state.__dict__, "fsdp_plugin", plugin)
         trainer.is_fsdp_enabled = True
-        with pytest.raises(PreflightError, match=rf"form={form.capitalize()} runs the model .* under FSDP 2"):
+        with pytest.raises(PreflightError, match=rf"form='{form}' runs the model .* under FSDP 2"):
             attach(trainer)
 
 

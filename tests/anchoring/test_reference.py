@@ -335,9 +335,9 @@ def test_adapters_are_copied_and_what_they_keep_of_the_base_is_mapped(tmp_path: 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"source": "checkpoint"}, 'source="checkpoint" with a Bert.* that names no checkpoint.*source=None'),
-        ({"source": "file"}, "`source` is 'file'; expected None"),
-        ({"source": "checkpoint", "dtype": torch.bfloat16}, "with `dtype` or `device`; expected neither"),
+        ({"source": "checkpoint"}, 'the reference is "checkpoint", and the Bert.* names none; .*in memory'),
+        ({"source": "file"}, "the reference is 'file'; expected None"),
+        ({"source": "checkpoint", "dtype": torch.bfloat16}, "with a dtype or a device; expected neither"),
         ({"source": {}}, "the reference lacks `bert"),
     ],
 )

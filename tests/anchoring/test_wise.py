@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tests import tiny
@@ -105,6 +106,82 @@ def test_at_its_ends_it_is_the_pretrained_model_and_the_tuned_one(kind: str, tmp
     assert not tiny.moved(start, found, set(floating) - head)
     trained(tmp_path / "same", WeightInterpolation([1.0]), same, **options)
     assert not tiny.moved(tuned, tiny.state(same))
+
+
+def lora(**config: Any) -> Any:
+    torch.manual_seed(0)
+    model = tiny.bert(layers=2, dropout=0.0).double()
+    return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=4, **config))
+
+
+def left_at(alpha: float) -> WeightInterpolation:
+    return WeightInterpolation([alpha], retention=iter([0.0, 1.0]).__next__, min_retention=0.9)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_of_lora_what_it_adds_is_scaled(alpha: float, tmp_path: Path) -> None:
+    """Beside weights that were merged and then interpolated; the head stays tuned."""
+    options = {"lora_alpha": 12, "lora_bias": True}
+    model, tuned = lora(**options), lora(**options)
+    start = {name: p.detach().clone() for name, p in lora(**options).get_base_model().named_parameters()}
+    start = {name.replace(".base_layer", ""): tensor for name, tensor in start.items() if "lora_" not in name}
+    trained(tmp_path / "plain", None, tuned, learning_rate=0.1)
+    callback = WeightInterpolation([1.0]) if alpha == 1 else left_at(alpha)
+    trained(tmp_path / "ours", callback, model, learning_rate=0.1)
+    if alpha == 1:
+        assert not tiny.moved(tiny.state(tuned), tiny.state(model))
+    factors = {name: tensor for name, tensor in tiny.state(model).items() if "lora_A" in name}
+    assert len(factors) == 13
+    assert not tiny.moved({name: tiny.state(tuned)[name] for name in factors}, factors)
+    dense, ours = tuned.merge_and_unload(), model.merge_and_unload()
+    travelled = interpolated = 0
+    for name, parameter in dense.named_parameters():
+        if not name.startswith("classifier"):
+            travelled += int((parameter - start[name]).norm() > 1e-3 * start[name].norm())
+            interpolated += 1
+            parameter.data = torch.lerp(start[name], parameter.data, alpha)
+    assert travelled > 10
+    for name, parameter in ours.named_parameters():
+        expected = dense.get_parameter(name)
+        assert (parameter - expected).norm() <= 1e-12 * expected.norm(), name
+        if alpha == 0 and not name.startswith("classifier"):
+            assert torch.equal(parameter, start[name]), name
+
+
+def test_other_adapters_move_between_their_initial_state_and_the_tuned_one(tmp_path: Path) -> None:
+    start, model = tiny.state(lora(use_dora=True)), lora(use_dora=True)
+    trained(tmp_path, left_at(0.0), model, learning_rate=0.1)
+    assert tiny.moved(start, tiny.state(model)) == {name for name in start if "modules_to_save" in name}
+
+
+def test_a_run_resumed_with_another_reference_is_refused(tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    straight, resumed = tiny.bert(), tiny.bert()
+    trainer = trained(tmp_path, left_at(0.5), straight, **saving)
+    (event,) = events.read(trainer.state.log_history, "interpolation_start")
+    recipe = json.loads((tmp_path / "recipe.json").read_text())["methods"]["WeightInterpolation"]
+    assert recipe["reference"]["fingerprint"] == event["reference"]
+    for seed in (0, 3):
+        model = resumed if seed == 0 else tiny.bert(seed=seed)
+        again = tiny.trainer(model, tiny.arguments(tmp_path, **saving), callbacks=[left_at(0.5)])
+        attach(again)
+        if seed == 0:
+            again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-4")
+            assert not tiny.moved(tiny.state(straight), tiny.state(resumed))
+        else:
+            with pytest.raises(RuntimeError, match=r"WeightInterpolation has the reference .* expected the same"):
+                again.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-4")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_reference_may_live_in_another_dtype(dtype: torch.dtype | None, tmp_path: Path) -> None:
+    start, model = tiny.state(tiny.bert()), tiny.bert()
+    callback = held_at_0(exclude=(), reference_dtype=dtype, reference_device="cpu")
+    trained(tmp_path, callback, model)
+    expected = {name: tensor.to(dtype).to(tensor) if dtype else tensor for name, tensor in start.items()}
+    floating = {name for name, tensor in start.items() if tensor.is_floating_point()}
+    assert not tiny.moved({n: expected[n] for n in floating}, {n: tiny.state(model)[n] for n in floating})
+    assert callback.facts()["reference"]["dtype"] == (dtype and "bfloat16")
 
 
 def test_what_is_kept_is_the_best_of_the_curve(tmp_path: Path) -> None:

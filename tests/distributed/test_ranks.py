@@ -179,6 +179,37 @@ def test_several_ranks_have_forgotten_what_one_has(name: str, layout: str, runs:
             assert entry == pytest.approx(expected, abs=1e-6)
 
 
+INTERPOLATED = [(name, layout) for name, layout in SEVERAL if name.startswith("interpolation")]
+
+
+@pytest.mark.parametrize(("name", "layout"), INTERPOLATED)
+def test_several_ranks_end_at_the_same_place_between_the_same_weights(name: str, layout: str, runs: Runs) -> None:
+    single, first = runs.single(CELLS[name].like or name), runs.ranks(name, layout)[0]
+    if name == "interpolation":
+        tuned = runs.single("all trainable")
+        for parameter in ("bert.encoder.layer.0.attention.output.dense.weight", HEAD):
+            start, end, way = single["start"][parameter], first["end"][parameter], tuned["end"][parameter]
+            alpha = 1.0 if parameter == HEAD else 0.5
+            assert (end - torch.lerp(start, way, alpha)).norm() < 1e-9 * (way - start).norm()
+    for rank in runs.ranks(name, layout):
+        assert all(torch.equal(rank["end"][parameter], tensor) for parameter, tensor in first["end"].items())
+        (event,), (expected,) = rank["interpolation"], single["interpolation"]
+        assert event["alpha"] == expected["alpha"] == 0.5
+        assert event == first["interpolation"][0], "every rank logs the same"
+        for one, other in zip(event["curve"], expected["curve"], strict=True):
+            assert one == pytest.approx(other, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [(n, layout) for n, layout in SEVERAL if n in ("decoupled", "EWC", "features")]
+)
+def test_the_reference_that_is_recorded_is_that_of_one_process(name: str, layout: str, runs: Runs) -> None:
+    (expected,) = runs.single(name)["references"]
+    assert len(expected["reference"]) == 16
+    for rank in runs.ranks(name, layout):
+        assert rank["references"] == [expected]
+
+
 @pytest.mark.parametrize(("name", "layout"), [(name, layout) for name in MATRIX for layout in CELLS[name].trained_by])
 def test_every_opened_tensor_moves_far_more_than_the_tolerance(name: str, layout: str, runs: Runs) -> None:
     for rank in runs.ranks(name, layout):

@@ -34,6 +34,7 @@ from tl_callbacks import (
     Retrieval,
     SourceTask,
     WeightAnchoring,
+    WeightInterpolation,
     at_steps,
     attach,
     events,
@@ -389,6 +390,16 @@ CELLS["mixout, another mask on each rank"] = Cell(
     MIXOUT, {**SGD, "seed": int(os.environ.get("RANK", "0"))}, like="mixout", broken="single"
 )
 CELLS["unfreezing and mixout"] = Cell(lambda g, n: [unfreezing(g, n), *MIXOUT(g, n)], SGD, openings=THREE)
+
+
+def halfway(groups: LayerGroups, ranks: int) -> list[TrainerCallback]:
+    """An interpolation that its rule leaves halfway: retention is 0 at the tuned weights, which are measured first."""
+    return [WeightInterpolation([0.5], retention=iter([0.0, 1.0]).__next__, min_retention=0.9)]
+
+
+CELLS["interpolation"] = Cell(halfway, layouts=SHARDED)
+CELLS["interpolation, another start on each rank"] = Cell(halfway, seeded_by_rank=True, like="interpolation")
+CELLS["interpolation, LoRA"] = Cell(halfway, model="lora", layouts=SHARDED)
 CELLS["penalty, LoRA"] = Cell(PENALTY, SGD, model="lora", layouts=SHARDED)
 CELLS["decoupled, LoRA"] = Cell(lambda g, n: [WeightAnchoring(0.2)], model="lora", layouts=SHARDED)
 
@@ -537,6 +548,8 @@ def facts(trainer: Trainer, witness: Witness, start: dict[str, torch.Tensor]) ->
         "begins": witness.begins,
         "trainable": witness.trainable,
         "events": events.read(trainer.state.log_history, "opening"),
+        "references": events.read(trainer.state.log_history, "anchoring"),
+        "interpolation": events.read(trainer.state.log_history, "interpolation"),
         "gradient_norms": gradient_norms(trainer.state.log_history),
         "wrapper": type(trainer.model_wrapped).__name__,
         "measured": [

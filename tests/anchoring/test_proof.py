@@ -1,0 +1,141 @@
+"""A resumed run proves that its reference is the one it began with, and says where it lives."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import Trainer
+
+from tests import tiny
+from tests.anchoring.test_reference import bert_from_body
+from tl_callbacks import PreflightError, WeightAnchoring, attach, events
+
+CHECKPOINT = 6
+
+
+def make(folder: Path, model: nn.Module, **options: Any) -> Trainer:
+    options = {"strength": 0.2, **options}
+    args = tiny.arguments(folder, save_strategy="steps", save_steps=CHECKPOINT)
+    trainer = tiny.trainer(model, args, callbacks=[WeightAnchoring(**options)])
+    attach(trainer)
+    return trainer
+
+
+def lora(seed: int, **config: Any) -> nn.Module:
+    model = tiny.bert(layers=1)
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", **config))
+
+
+def loaded(folder: Path) -> nn.Module:
+    model: nn.Module = type(tiny.bert()).from_pretrained(folder / f"checkpoint-{CHECKPOINT}")
+    return model
+
+
+def given(seed: int) -> dict[str, Tensor]:
+    return tiny.state(tiny.bert(seed=seed))
+
+
+# What the first start makes, and what the resumed one does: the model, the options and whether it is refused.
+Start = tuple[Callable[[Path], nn.Module], dict[str, Any]]
+BERT: Start = (lambda folder: tiny.bert(), {})
+RESUMES: dict[str, tuple[Start, Start, bool]] = {
+    "the same": (BERT, BERT, False),
+    "another seed": (BERT, (lambda folder: tiny.bert(seed=3), {}), True),
+    "another strength": (BERT, (BERT[0], {"strength": 0.1}), False),
+    "another form": (BERT, (BERT[0], {"form": "penalty"}), False),
+    "other groups": (BERT, (BERT[0], {"exclude": ("embeddings", "head")}), True),
+    "other groups by strength": (BERT, (BERT[0], {"strength": {"encoder.layer.*": 0.2}}), True),
+    "the same, given": (BERT, (BERT[0], {"reference": given(0)}), False),
+    "the same, in bfloat16": (BERT, (BERT[0], {"reference_dtype": torch.bfloat16, "reference_device": "cpu"}), False),
+    "a checkpoint, and the pretrained weights given": (BERT, (loaded, {"reference": given(0)}), False),
+    "a checkpoint, and other weights given": (BERT, (loaded, {"reference": given(3)}), True),
+    "LoRA, another seed of the adapter": ((lambda folder: lora(0), {}), (lambda folder: lora(1), {}), False),
+    "LoRA in mixout, another seed": (
+        (lambda folder: lora(0), {"form": "mixout"}),
+        (lambda folder: lora(1), {"form": "mixout"}),
+        True,
+    ),
+    "DoRA, another seed": (
+        (lambda folder: lora(0, use_dora=True), {}),
+        (lambda folder: lora(1, use_dora=True), {}),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESUMES)
+def test_a_resumed_run_has_the_reference_it_began_with(name: str, tmp_path: Path) -> None:
+    (first, options), (second, others), refused = RESUMES[name]
+    straight = make(tmp_path, first(tmp_path), **options)
+    straight.train()
+    began = events.read(straight.state.log_history, "anchoring")
+    assert len(began) == 1
+    resumed = make(tmp_path, second(tmp_path), **others)
+    source = f"{tmp_path}/checkpoint-{CHECKPOINT}"
+    if refused:
+        text = r"WeightAnchoring has the reference \w+ \(\d+ tensors\), and the run that is resumed began with \w+ \("
+        with pytest.raises(RuntimeError, match=text):
+            resumed.train(resume_from_checkpoint=source)
+        assert resumed.state.global_step == CHECKPOINT, "before the first step"
+    else:
+        resumed.train(resume_from_checkpoint=source)
+        assert events.read(resumed.state.log_history, "anchoring") == began
+        if others.keys() <= {"reference"} and name != "LoRA, another seed of the adapter":
+            assert straight.model is not None
+            assert resumed.model is not None
+            assert not tiny.moved(tiny.state(straight.model), tiny.state(resumed.model))
+
+
+def test_a_checkpoint_is_still_refused_without_a_reference(tmp_path: Path) -> None:
+    make(tmp_path, tiny.bert()).train()
+    with pytest.raises(PreflightError, match="for the pretrained ones"):
+        make(tmp_path, loaded(tmp_path))
+
+
+def test_a_second_training_is_a_run_of_its_own(tmp_path: Path) -> None:
+    trainer = make(tmp_path, tiny.bert())
+    trainer.train()
+    first = events.read(trainer.state.log_history, "anchoring")
+    trainer.train()
+    assert events.read(trainer.state.log_history, "anchoring") == first
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, None),
+        ({"reference": "checkpoint"}, "{n} tensors, {n} mapped from "),
+        ({"reference_dtype": torch.bfloat16}, "{n} tensors in memory, in bfloat16 on the cpu"),
+        ({"reference_device": "cpu"}, "{n} tensors in memory, in float32 on the cpu"),
+    ],
+)
+def test_where_the_reference_lives_is_said_and_written(
+    options: dict[str, Any], said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(strength: float, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        model = bert_from_body(tmp_path / "pretrained")
+        trainer = make(tmp_path / "run", model, strength=strength, **options)
+        trainer.train()
+        return trainer, tiny.state(model)
+
+    (_, expected), (_, free) = run(0.2), run(1e-6)
+    capsys.readouterr()
+    trainer, found = run(0.2, **options)
+    text = capsys.readouterr().out
+    (event,) = events.read(trainer.state.log_history, "anchoring")
+    assert ("the reference: " in text) is (said is not None)
+    assert said is None or said.format(n=event["tensors"]) in text
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())["methods"]["WeightAnchoring"]["reference"]
+    assert recipe["fingerprint"] == event["reference"]
+    assert recipe["tensors"] == event["tensors"] > 10
+    assert recipe["kind"] == ("checkpoint" if "reference" in options else "memory")
+    gap = sum(float((expected[n].double() - found[n].double()).square().sum()) for n in found)
+    effect = sum(float((expected[n].double() - free[n].double()).square().sum()) for n in found)
+    assert gap < 1e-3 * effect if "reference_dtype" in options else gap == 0
