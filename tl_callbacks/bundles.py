@@ -12,7 +12,8 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from tl_callbacks.anchoring.callback import WeightAnchoring
+from tl_callbacks.anchoring.callback import FormName, WeightAnchoring
+from tl_callbacks.anchoring.forms import Form
 from tl_callbacks.discovery import group_layers
 from tl_callbacks.frozen.state import openable
 from tl_callbacks.groups import LayerGroups
@@ -175,11 +176,11 @@ def anchored(
     args: TrainingArguments,
     *,
     strength: float | Mapping[str, float] = 0.01,
-    form: str = "decoupled",
+    form: FormName | Form = "decoupled",
     exclude: Sequence[str] | None = None,
 ) -> Built:
     """Train everything, pulled toward the pretrained weights."""
-    anchor = WeightAnchoring(strength, form=form, exclude=exclude)  # type: ignore[arg-type]
+    anchor = WeightAnchoring(strength, form=form, exclude=exclude)
     return _keywords(model, args, None, [anchor]), "trains everything, pulled toward the pretrained weights"
 
 

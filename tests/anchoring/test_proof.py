@@ -15,12 +15,12 @@ from tests import tiny
 from tests.anchoring.test_reference import bert_from_body
 from tl_callbacks import PreflightError, WeightAnchoring, attach, events
 
-CHECKPOINT = 6
+STEPS, CHECKPOINT = 6, 3
 
 
 def make(folder: Path, model: nn.Module, **options: Any) -> Trainer:
     options = {"strength": 0.2, **options}
-    args = tiny.arguments(folder, save_strategy="steps", save_steps=CHECKPOINT)
+    args = tiny.arguments(folder, max_steps=STEPS, save_strategy="steps", save_steps=CHECKPOINT)
     trainer = tiny.trainer(model, args, callbacks=[WeightAnchoring(**options)])
     attach(trainer)
     return trainer
@@ -106,36 +106,35 @@ def test_a_second_training_is_a_run_of_its_own(tmp_path: Path) -> None:
     assert events.read(trainer.state.log_history, "anchoring") == first
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({}, None),
-        ({"reference": "checkpoint"}, "{n} tensors, {n} mapped from "),
-        ({"reference_dtype": torch.bfloat16}, "{n} tensors in memory, in bfloat16 on the cpu"),
-        ({"reference_device": "cpu"}, "{n} tensors in memory, in float32 on the cpu"),
-    ],
-)
-def test_where_the_reference_lives_is_said_and_written(
-    options: dict[str, Any], said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(strength: float, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+WHERE: list[tuple[dict[str, Any], str]] = [
+    ({"reference": "checkpoint"}, "; the reference: {n} tensors, {n} mapped from "),
+    ({"reference_dtype": torch.bfloat16}, "; the reference: {n} tensors in memory, in bfloat16 on the cpu"),
+    ({"reference_device": "cpu"}, "; the reference: {n} tensors in memory, in float32 on the cpu"),
+]
+
+
+def test_where_the_reference_lives_is_said_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(strength: float, **options: Any) -> tuple[Any, dict[str, Tensor], str]:
         torch.manual_seed(0)
         model = bert_from_body(tmp_path / "pretrained")
         trainer = make(tmp_path / "run", model, strength=strength, **options)
         trainer.train()
-        return trainer, tiny.state(model)
+        return trainer, tiny.state(model), capsys.readouterr().out
 
-    (_, expected), (_, free) = run(0.2), run(1e-6)
-    capsys.readouterr()
-    trainer, found = run(0.2, **options)
-    text = capsys.readouterr().out
-    (event,) = events.read(trainer.state.log_history, "anchoring")
-    assert ("the reference: " in text) is (said is not None)
-    assert said is None or said.format(n=event["tensors"]) in text
-    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())["methods"]["WeightAnchoring"]["reference"]
-    assert recipe["fingerprint"] == event["reference"]
-    assert recipe["tensors"] == event["tensors"] > 10
-    assert recipe["kind"] == ("checkpoint" if "reference" in options else "memory")
-    gap = sum(float((expected[n].double() - found[n].double()).square().sum()) for n in found)
-    effect = sum(float((expected[n].double() - free[n].double()).square().sum()) for n in found)
-    assert gap < 1e-3 * effect if "reference_dtype" in options else gap == 0
+    def gap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+        return sum(float((one[name].double() - other[name].double()).square().sum()) for name in one)
+
+    (_, expected, plain), (_, free, _) = run(0.2), run(1e-6)
+    assert "the reference: " not in plain
+    for options, said in WHERE:
+        trainer, found, text = run(0.2, **options)
+        (event,) = events.read(trainer.state.log_history, "anchoring")
+        assert said.format(n=event["tensors"]) in text
+        recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())["methods"]["WeightAnchoring"]["reference"]
+        assert recipe["fingerprint"] == event["reference"]
+        assert recipe["tensors"] == event["tensors"] > 10
+        assert recipe["kind"] == ("checkpoint" if "reference" in options else "memory")
+        if "reference_dtype" in options:
+            assert 0 < gap(expected, found) < 1e-3 * gap(expected, free)
+        else:
+            assert not tiny.moved(expected, found)
