@@ -154,11 +154,9 @@ class WeightInterpolation(WithReference):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Evaluate each place, and leave the model at the chosen one."""
-        """Evaluate each place, and leave the model at the chosen one."""
         self.chosen = self._walk(kwargs["model"], args)
         curve = [place._asdict() for place in self.places]
-        facts = {"alpha": self.chosen.alpha, "curve": curve}
-        events.emit(state.log_history, "interpolation", step=state.global_step, **facts)
+        events.emit(state.log_history, "interpolation", step=state.global_step, alpha=self.chosen.alpha, curve=curve)
         self.log({"tl/interpolation/alpha": self.chosen.alpha}, state)
         where = f"at alpha = {self.chosen.alpha:g} of {len(curve)} places{self._where()}"
         announce(f"WeightInterpolation leaves the model {where}", state)
