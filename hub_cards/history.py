@@ -61,13 +61,20 @@ def curves(log: Log) -> dict[str, Series]:
 
 
 def measures(log: Log) -> dict[str, dict[str, Series]]:
-    """Return what methods logged as `tl/<method>/<what>`, other than rates and openings."""
+    """Return what methods logged as `tl/<method>/<what>`, other than rates and openings.
+
+    Without what was forgotten and kept, where that was measured once: `recipe.json` has it, with what it is.
+    """
     found: dict[str, dict[str, Series]] = {}
     for key, series in _series(log, "tl/").items():
         method, _, what = key.partition("/")
         if what and method not in ("rate", "unfreezing"):
             found.setdefault(method, {})[what] = series
-    return found
+    return {
+        method: series
+        for method, series in found.items()
+        if method not in ("forgetting", "retention") or any(len(points) > 1 for points in series.values())
+    }
 
 
 def last_evaluation(log: Log) -> dict[str, dict[str, float]]:
