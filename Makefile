@@ -5,7 +5,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all check parity bench bench-adaptive bench-neighbours survey soak gallery wheel clean
+.PHONY: demo test test-all check parity bench bench-adaptive bench-tradeoff bench-neighbours survey soak gallery wheel clean
 
 demo: .venv/demo.done
 	$(BIN)/python recipes/compare.py --output_dir runs/demo $(if $(QUICK),--num_seeds 1 --label_counts 50,)
@@ -31,6 +31,9 @@ bench: .venv/dev.done
 
 bench-adaptive: .venv/demo.done .venv/dev.done
 	$(BIN)/python -m tests.benchmarks.adaptive
+
+bench-tradeoff: .venv/dev.done
+	$(BIN)/python -m tests.benchmarks.tradeoff
 
 bench-neighbours: .venv/neighbours.done
 	$(BIN)/python -m tests.benchmarks.neighbours

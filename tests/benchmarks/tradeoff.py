@@ -43,7 +43,7 @@ from tl_callbacks import (
     attach,
     group_layers,
 )
-from tl_callbacks.anchoring import Outputs, diagonal_fisher
+from tl_callbacks.anchoring import Outputs, Penalty, diagonal_fisher
 
 SEEDS, STEPS, BATCH, RATE, WIDTH = 5, 300, 32, 1e-3, 128
 WITHIN = 0.01
@@ -117,7 +117,7 @@ def _ewc(run: Run) -> list[Any]:
     batches = [default_collate(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
     names = [name for name, _ in old.named_parameters() if "classifier" not in name]
     fisher = diagonal_fisher(old, batches, names=names)
-    return [WeightAnchoring(run.strength, form="penalty", importance=fisher)]
+    return [WeightAnchoring(run.strength, form=Penalty(importance=fisher))]
 
 
 def _wise(run: Run) -> list[Any]:
@@ -187,8 +187,8 @@ def trained(setting: Setting, way: Way, strength: float) -> dict[str, float]:
         options = {"learning_rate": RATE, "weight_decay": 0.0, **way.arguments(run)}
         args = TrainingArguments(
             folder, max_steps=STEPS, per_device_train_batch_size=BATCH, per_device_eval_batch_size=256,
-            warmup_steps=0.1, logging_steps=STEPS, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
-            dataloader_pin_memory=False, seed=setting.seed, **options,
+            warmup_steps=0.1, logging_steps=STEPS, save_strategy="no", report_to="none", use_cpu=True,
+            disable_tqdm=True, dataloader_pin_memory=False, seed=setting.seed, **options,
         )  # fmt: skip
         trainer = Trainer(
             way.adapted(run), args, train_dataset=setting.new[0], eval_dataset=setting.new[1],
