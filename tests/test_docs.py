@@ -20,7 +20,7 @@ BLOCKS = [
     for page in PAGES
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
-METHODS = [card for card in CARDS if card.parent.name not in ("frozen", "discovery")]
+METHODS = [card for card in CARDS if card.parent.name not in ("frozen", "discovery", "reading")]
 
 
 def names(folder: Path) -> dict[str, Any]:
