@@ -86,6 +86,18 @@ def _is_deepspeed(path: Path) -> bool:
     return latest.is_file() and (name := latest.read_text().strip()) != "" and (path / name).is_dir()
 
 
+def loaded_checkpoint(model: nn.Module | None) -> str | None:
+    r"""Return the checkpoint folder that a model was loaded from, so that its weights are not pretrained ones; or None.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> loaded_checkpoint(SimpleNamespace(config=SimpleNamespace(_name_or_path="runs/checkpoint-12")))
+        'runs/checkpoint-12'
+    """
+    path = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    return path if re.search(rf"{PREFIX_CHECKPOINT_DIR}-\d+/?$", path) else None
+
+
 def load_renamed(model: nn.Module, folder: str | Path) -> bool:
     """Load the weights of a checkpoint that holds them under other names than the model does.
 

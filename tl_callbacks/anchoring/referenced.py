@@ -1,6 +1,5 @@
 """What callbacks with a reference share: when it is taken, where it lives, and that a resumed run has the same."""
 
-import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -13,6 +12,7 @@ from tl_callbacks import events
 from tl_callbacks.anchoring.reference import Reference, Source
 from tl_callbacks.anchoring.updates import LoraUpdate, agreed, lora_updates
 from tl_callbacks.callbacks import TransferCallback
+from tl_callbacks.checkpoints import loaded_checkpoint
 from tl_callbacks.discovery import group_layers
 from tl_callbacks.groups import LayerGroups
 
@@ -50,8 +50,8 @@ class WithReference(TransferCallback):
 
     def findings(self, trainer: Trainer) -> list[str]:
         """Return that a checkpoint's weights would be taken for the pretrained ones, if they would."""
-        path = str(getattr(getattr(trainer.model, "config", None), "_name_or_path", ""))
-        if isinstance(self.reference, Mapping) or not re.search(r"checkpoint-\d+/?$", path):
+        path = loaded_checkpoint(trainer.model)
+        if isinstance(self.reference, Mapping) or path is None:
             return []
         text = (
             f"{type(self).__name__} would take the weights of `{path}` for the pretrained ones. Load the pretrained "

@@ -1,7 +1,6 @@
 """The adapter: when a Trainer's model is asked what it could do before, and which checkpoints may be the best."""
 
 import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerControl, Trainer
 
 from tl_callbacks import events
 from tl_callbacks.callbacks import TransferCallback, announce
+from tl_callbacks.checkpoints import loaded_checkpoint
 from tl_callbacks.fingerprints import changes_base
 from tl_callbacks.forgetting.gate import guard_best, step_at_the_end, too_little
 from tl_callbacks.forgetting.measures import Measure
@@ -100,8 +100,7 @@ class ForgettingMonitor(TransferCallback):
         others = trainer.callback_handler.callbacks
         if sum(isinstance(other, ForgettingMonitor) for other in others) > 1:
             found.append("the Trainer has several ForgettingMonitor; give one all measures.")
-        path = str(getattr(getattr(trainer.model, "config", None), "_name_or_path", ""))
-        if re.search(r"checkpoint-\d+/?$", path):
+        if path := loaded_checkpoint(trainer.model):
             found.append(
                 f"ForgettingMonitor would take the model of `{path}` for the pretrained one. Load the pretrained model "
                 "and pass resume_from_checkpoint to train()."

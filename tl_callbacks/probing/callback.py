@@ -1,6 +1,5 @@
 """The adapter: when a Trainer's model is looked into, and what is logged of it."""
 
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from tl_callbacks import events
 from tl_callbacks.callbacks import TransferCallback, announce
+from tl_callbacks.checkpoints import loaded_checkpoint
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.probing.evaluation import around_evaluation, resolved, source_of
 from tl_callbacks.probing.observer import Observer
@@ -100,8 +100,7 @@ class RepresentationProbes(TransferCallback):
         found = []
         if sum(isinstance(other, RepresentationProbes) for other in trainer.callback_handler.callbacks) > 1:
             found.append("the Trainer has several RepresentationProbes, which would log under one name; keep one.")
-        path = str(getattr(getattr(trainer.model, "config", None), "_name_or_path", ""))
-        if re.search(r"checkpoint-\d+/?$", path):
+        if path := loaded_checkpoint(trainer.model):
             found.append(
                 f"RepresentationProbes would take the features of `{path}` for the pretrained ones. Load the "
                 "pretrained model and pass resume_from_checkpoint to train()."
