@@ -32,7 +32,7 @@ bench: .venv/dev.done
 bench-adaptive: .venv/demo.done .venv/dev.done
 	$(BIN)/python -m tests.benchmarks.adaptive
 
-bench-tradeoff: .venv/dev.done
+bench-tradeoff: .venv/demo.done .venv/dev.done
 	$(BIN)/python -m tests.benchmarks.tradeoff
 
 bench-neighbours: .venv/neighbours.done

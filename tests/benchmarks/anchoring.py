@@ -3,7 +3,9 @@
 A BERT classifier of the base's size (12 blocks of 768 units, 109 M parameters in float32), loaded from a folder, at
 batch 8 x 64 tokens on one thread. Four Trainers train in turn, a few steps each, in an order that rotates: plain,
 decoupled with the reference in memory, decoupled with it mapped from the checkpoint's file, and the penalty. Returns
-the ratios of a step's time to the plain one's in the same round, on the clock and of the processor.
+the ratios of a step's time to the plain one's in the same round, on the clock and of the processor. One Trainer more
+pulls at every other step: a step with the pull over the mean of those before and after it, which are a plain Trainer's,
+is the sharper figure where the machine's speed wanders.
 
 Memory is that of the process which no file backs (RssAnon), over that of the plain run, as multiples of the anchored
 parameters' bytes, each way in a process of its own: at the end of a step, and the most that was seen every 5 ms while
@@ -11,21 +13,27 @@ steps ran. Freed memory is given back at once there, so that what is kept for re
 for a moment, such as when it compares its reference with the parameters, is in neither if training takes more.
 """
 
+import itertools
 import json
 import statistics
 import sys
 import tempfile
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import BertConfig, BertForSequenceClassification, BertModel, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from tests.benchmarks.timing import ROWS, Stop, Stopwatch, arguments, ratios_in_short, segment
 from tests.launching import launch
 from tl_callbacks import WeightAnchoring, attach
+from tl_callbacks.anchoring import Decoupled
+from tl_callbacks.anchoring.forms import Opening
 
 STEPS, WARM_UP = 3, 1  # per segment
 TOKENS = 64
@@ -46,25 +54,43 @@ def pretrained(folder: str) -> None:
     BertModel(BertConfig()).save_pretrained(folder)
 
 
-def make(pretrained: str, folder: str, way: str) -> tuple[Trainer, Stopwatch, WeightAnchoring | None]:
+class EveryOther(Decoupled):
+    """The decoupled pull at the second step, the fourth, and so on."""
+
+    def hooks(self, opening: Opening) -> list[RemovableHandle]:
+        """Pull before every other step of the optimizer."""
+        count = itertools.count()
+
+        def pull(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if next(count) % 2:
+                self._pull(optimizer, args, kwargs)
+
+        return [opening.optimizer.register_step_pre_hook(pull)]
+
+
+def make(pretrained: str, folder: str, anchor: WeightAnchoring | None, steps: int = STEPS) -> tuple[Trainer, Stopwatch]:
     """Return a trainer on a freshly loaded model."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 30000, (ROWS * STEPS, TOKENS), generator=generator)
     data = [{"input_ids": row, "labels": number % 2} for number, row in enumerate(ids)]
     watch = Stopwatch()
-    anchor = WeightAnchoring(STRENGTH, **WAYS[way]) if way != PLAIN else None
     callbacks: list[TrainerCallback] = [watch, *([anchor] if anchor is not None else [])]
     model = BertForSequenceClassification.from_pretrained(pretrained)
-    trainer = Trainer(model, arguments(folder, STEPS), train_dataset=data, callbacks=callbacks)
+    trainer = Trainer(model, arguments(folder, steps), train_dataset=data, callbacks=callbacks)
     if anchor is not None:
         attach(trainer)
     trainer.add_callback(Stop(watch))
-    return trainer, watch, anchor
+    return trainer, watch
+
+
+def anchored(way: str) -> WeightAnchoring | None:
+    """Return the anchor of a way."""
+    return WeightAnchoring(STRENGTH, **WAYS[way]) if way != PLAIN else None
 
 
 def times(folder: str, rounds: int) -> dict[str, Any]:
     """Return the time of a step over the plain one's, from rounds of a segment each."""
-    made = {way: make(f"{folder}/pretrained", f"{folder}/runs", way)[:2] for way in WAYS}
+    made = {way: make(f"{folder}/pretrained", f"{folder}/runs", anchored(way)) for way in WAYS}
     for trainer, watch in made.values():
         segment(trainer, watch, WARM_UP)
     clock: list[dict[str, float]] = []
@@ -86,6 +112,18 @@ def times(folder: str, rounds: int) -> dict[str, Any]:
             for way in names[1:]
         },
     }
+
+
+def alternating(folder: str, pairs: int) -> dict[str, Any]:
+    """Return the time of a step with the pull over that of its neighbours without, in one training."""
+    anchor = WeightAnchoring(STRENGTH, form=EveryOther())
+    trainer, watch = make(f"{folder}/pretrained", f"{folder}/runs", anchor, steps=2 * pairs + 3)
+    segment(trainer, watch, WARM_UP)
+    found = {}
+    for name, seconds in (("clock", watch.steps[2:]), ("processor", watch.processor[2:])):  # without, with, without ...
+        plain, pulled = seconds[::2], seconds[1::2]
+        found[name] = ratios_in_short([2 * one / sum(near) for one, near in zip(pulled, pairwise(plain), strict=True)])
+    return {"steps with the pull": pairs, **found}
 
 
 def anonymous() -> int:
@@ -120,7 +158,8 @@ class Sampler(TrainerCallback):
 
 def memory(pretrained: str, folder: str, way: str) -> dict[str, int]:
     """Train one way in this process; return what its memory was, and the size of what is anchored."""
-    trainer, watch, anchor = make(pretrained, folder, way)
+    anchor = anchored(way)
+    trainer, watch = make(pretrained, folder, anchor)
     sampler = Sampler()
     trainer.add_callback(sampler)
     segment(trainer, watch, 0)
@@ -142,6 +181,7 @@ def anchoring(pairs: int) -> dict[str, Any]:
                 raise RuntimeError(f"`{way}` ended with status {status}:\n{log.read_text()[-4000:]}")
             found[way] = json.loads(result.read_text())
         timed = times(folder, max(2, pairs // 4))
+        every_other = alternating(folder, pairs)
     size = found["decoupled"]["size"]
     over = {
         way: {key: (one[key] - found[PLAIN][key]) / size for key in ("end of a step", "most")}
@@ -151,6 +191,7 @@ def anchoring(pairs: int) -> dict[str, Any]:
     return {
         "model": f"BERT, 12 x 768, float32, batch {ROWS} x {TOKENS} tokens, one thread",
         "time of a step": timed,
+        "decoupled at every other step, over its neighbours": every_other,
         "anonymous memory over plain, in multiples of what is anchored": over,
         "what is anchored, in bytes": size,
         "plain, in bytes at the end of a step": found[PLAIN]["end of a step"],

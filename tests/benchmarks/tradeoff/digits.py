@@ -1,22 +1,11 @@
-"""Target accuracy and retention side by side: anchors, LwF, WiSE-FT and LoRA on a second task, over five seeds.
+"""scikit-learn's digits: a network of three hidden layers learns 0 to 4, then, with a new head, 5 to 9.
 
-    python -m tests.benchmarks.tradeoff [--seeds 5]
-
-scikit-learn's digits: a network of three hidden layers learns 0 to 4, then, with a new head, 5 to 9. What it still
-knows of the old ones is the accuracy of the old head, which is kept as it was, and of a probe that is fitted anew. Each
-way tries several strengths. By the development rows, in the mean over all seeds, the strength is chosen that retains
-most while the target accuracy is within one point of plain fine-tuning's, or, if there is none, the one of the best
-target accuracy. The test rows play no part in the choice. Prints JSON.
+What it still knows of the old ones is the accuracy of the old head, which is kept as it was, and of a probe that is
+fitted anew.
 """
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import argparse
 import contextlib
-import json
-import statistics
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,14 +14,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from scipy import stats
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainingArguments, set_seed
-from transformers.utils import logging
 
+from tests.benchmarks.tradeoff.choice import Way
 from tl_callbacks import (
     ForgettingMonitor,
     GradualUnfreezing,
@@ -45,8 +33,7 @@ from tl_callbacks import (
 )
 from tl_callbacks.anchoring import Outputs, Penalty, diagonal_fisher
 
-SEEDS, STEPS, BATCH, RATE, WIDTH = 5, 300, 32, 1e-3, 128
-WITHIN = 0.01
+STEPS, BATCH, RATE, WIDTH = 300, 32, 1e-3, 128
 Rows = list[dict[str, Tensor]]
 
 
@@ -93,16 +80,6 @@ class Run:
     model: Network
     strength: float
     monitor: ForgettingMonitor
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way of fine-tuning: what it adds at a strength, and the strengths that are tried."""
-
-    strengths: tuple[float, ...]
-    callbacks: Callable[[Run], list[Any]] = lambda run: []
-    arguments: Callable[[Run], dict[str, Any]] = lambda run: {}
-    adapted: Callable[[Run], nn.Module] = lambda run: run.model
 
 
 def _anchor(**options: Any) -> Callable[[Run], list[Any]]:
@@ -212,58 +189,10 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def tradeoff(seeds: int) -> dict[str, Any]:
-    """Return by way the chosen strength, and over the seeds mean, deviation and interval of what the test rows say."""
+def results(seeds: int) -> dict[str, dict[float, list[dict[str, float]]]]:
+    """Return by way and strength what each seed's run came to."""
     settings = [setting(seed) for seed in range(seeds)]
-    runs = {
+    return {
         name: {strength: [trained(one, way, strength) for one in settings] for strength in way.strengths}
         for name, way in WAYS.items()
     }
-
-    def mean(results: list[dict[str, float]], key: str) -> float:
-        return statistics.fmean(result[key] for result in results)
-
-    least = mean(runs["none"][0.0], "dev target") - WITHIN
-    found: dict[str, Any] = {}
-    for name, tried in runs.items():
-        near = {s: results for s, results in tried.items() if mean(results, "dev target") >= least}
-        chosen = (
-            max(near, key=lambda s: mean(near[s], "dev retention"))
-            if near
-            else max(tried, key=lambda s: mean(tried[s], "dev target"))
-        )
-        keys = [key for key in tried[chosen][0] if key.startswith("test ")]
-        found[name] = {
-            "strength": chosen,
-            **{key.removeprefix("test "): summary([one[key] for one in tried[chosen]]) for key in keys},
-            "target less none's": summary(
-                [
-                    one["test target"] - none["test target"]
-                    for one, none in zip(tried[chosen], runs["none"][0.0], strict=True)
-                ]
-            ),
-            "every strength, mean": {
-                str(s): {key: round(mean(results, key), 4) for key in ("test target", "test retention")}
-                for s, results in tried.items()
-            },
-        }
-    return {"seeds": seeds, "steps": STEPS, "ways": found}
-
-
-def summary(values: list[float]) -> dict[str, Any]:
-    """The mean, the standard deviation, and the 95 % interval of the mean by Student's t."""
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
-    middle = statistics.fmean(values)
-    return {
-        "mean": round(middle, 4), "sd": round(statistics.stdev(values), 4),
-        "interval": [round(middle - half, 4), round(middle + half, 4)], "seeds": [round(value, 4) for value in values],
-    }  # fmt: skip
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="at least 2")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    print(json.dumps(tradeoff(options.seeds), indent=2))
