@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from tests import tiny
+from tests.anchoring import fisher_worker
+from tests.forked import Ranks
 from tl_callbacks import group_layers
 from tl_callbacks.anchoring import Fisher, diagonal_fisher, load_fisher, save_fisher
 
@@ -286,3 +288,16 @@ PAIR = (torch.ones(2, 3), torch.tensor([0, 1]))
 def test_what_cannot_be_is_refused(make: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("split", [4, 0])
+def test_ranks_have_the_mean_over_the_samples_of_all(split: int, tmp_path: Path) -> None:
+    ranks = Ranks(fisher_worker.estimate, tmp_path, split, log=tmp_path / "log", ranks=2)
+    assert ranks.wait() == [0, 0], (tmp_path / "log").read_text()
+    whole = diagonal_fisher(fisher_worker.model(), fisher_worker.batches(0, fisher_worker.ROWS))
+    for rank in range(2):
+        found = load_fisher(tmp_path / f"{rank}.safetensors")
+        assert found.facts["samples"] == fisher_worker.ROWS
+        for name, tensor in whole.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=0)

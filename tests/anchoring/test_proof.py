@@ -14,6 +14,7 @@ from transformers import Trainer
 from tests import tiny
 from tests.anchoring.test_reference import bert_from_body
 from tl_callbacks import PreflightError, WeightAnchoring, attach, events
+from tl_callbacks.anchoring import Outputs
 
 STEPS, CHECKPOINT = 6, 3
 
@@ -26,10 +27,16 @@ def make(folder: Path, model: nn.Module, **options: Any) -> Trainer:
     return trainer
 
 
-def lora(seed: int, **config: Any) -> nn.Module:
-    model = tiny.bert(layers=1)
+def lora(seed: int, base: int = 0, **config: Any) -> nn.Module:
+    model = tiny.bert(layers=1, seed=base)
     torch.manual_seed(seed)
     return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", **config))
+
+
+def old_head(seed: int) -> nn.Module:
+    width = tiny.bert().config.hidden_size
+    torch.manual_seed(seed)
+    return nn.Linear(width, 4)
 
 
 def loaded(folder: Path) -> nn.Module:
@@ -56,6 +63,17 @@ RESUMES: dict[str, tuple[Start, Start, bool]] = {
     "a checkpoint, and the pretrained weights given": (BERT, (loaded, {"reference": given(0)}), False),
     "a checkpoint, and other weights given": (BERT, (loaded, {"reference": given(3)}), True),
     "LoRA, another seed of the adapter": ((lambda folder: lora(0), {}), (lambda folder: lora(1), {}), False),
+    "LoRA, another base": ((lambda folder: lora(0), {}), (lambda folder: lora(0, base=1), {}), True),
+    "old outputs, another old head": (
+        (lambda folder: tiny.bert(), {"form": Outputs(old_head=old_head(0))}),
+        (lambda folder: tiny.bert(), {"form": Outputs(old_head=old_head(1))}),
+        True,
+    ),
+    "old outputs, the same old head": (
+        (lambda folder: tiny.bert(), {"form": Outputs(old_head=old_head(0))}),
+        (lambda folder: tiny.bert(), {"form": Outputs(old_head=old_head(0)), "strength": 0.3}),
+        False,
+    ),
     "LoRA in mixout, another seed": (
         (lambda folder: lora(0), {"form": "mixout"}),
         (lambda folder: lora(1), {"form": "mixout"}),
@@ -90,6 +108,26 @@ def test_a_resumed_run_has_the_reference_it_began_with(name: str, tmp_path: Path
             assert straight.model is not None
             assert resumed.model is not None
             assert not tiny.moved(tiny.state(straight.model), tiny.state(resumed.model))
+
+
+@pytest.mark.parametrize(("form", "refused"), [("features", True), ("decoupled", False)])
+def test_statistics_belong_to_the_reference_of_a_form_that_runs_it(form: Any, refused: bool, tmp_path: Path) -> None:
+    def trainer(shift: float) -> Trainer:
+        model = tiny.resnet()
+        norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+        norm.running_mean.add_(shift)  # type: ignore[operator]
+        args = tiny.arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+        made = tiny.trainer(model, args, images=True, callbacks=[WeightAnchoring(0.1, form=form)])
+        attach(made)
+        return made
+
+    trainer(0.0).train()
+    resumed = trainer(0.5)
+    if refused:
+        with pytest.raises(RuntimeError, match="expected the same pretrained weights"):
+            resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-1")
+    else:
+        resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-1")
 
 
 def test_a_checkpoint_is_still_refused_without_a_reference(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerState
 
-from tl_callbacks.anchoring.beside import as_reference, floating_buffers
+from tl_callbacks.anchoring.beside import as_reference, floating_buffers, saved
 from tl_callbacks.anchoring.forms import Form, Opening
 from tl_callbacks.anchoring.loss_term import LossTerm
 from tl_callbacks.anchoring.observing import Observed, Observer
@@ -37,13 +37,14 @@ class Activations(Form):
         self._term: LossTerm | None = None
         self._sums: dict[str, Tensor] = {}
 
-    def take(self, model: nn.Module, names: list[str], given: Mapping[str, Tensor] | None) -> None:
+    def take(self, model: nn.Module, names: list[str], given: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
         """Keep the buffers that training moves, such as BatchNorm's statistics."""
         theirs = {normalise(name): tensor for name, tensor in (given or {}).items()}
         now = floating_buffers(model)
         self._buffers = {
             name: theirs.get(normalise(name), own).detach().to(own, copy=True) for name, own in now.items()
         }
+        return saved(model, self._buffers)
 
     def findings(self, trainer: Trainer) -> list[str]:
         """Return why the reference could not run beside the model."""

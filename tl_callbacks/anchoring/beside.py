@@ -20,6 +20,19 @@ def floating_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
 
 
+def saved(model: nn.Module, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those buffers that a checkpoint holds; the others are made by the architecture, not by training.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> norm.register_buffer("scale", torch.ones(1), persistent=False)
+        >>> list(saved(norm, floating_buffers(norm)))
+        ['running_mean', 'running_var']
+    """
+    kept = model.state_dict().keys()
+    return {name: buffer for name, buffer in buffers.items() if name in kept}
+
+
 @contextmanager
 def as_reference(
     model: nn.Module, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor] | None = None

@@ -206,10 +206,10 @@ class WeightAnchoring(WithReference):
         """Whether the form acts on what LoRA adds as a whole."""
         return self._form.of_updates
 
-    def _keep(self, model: nn.Module, names: list[str]) -> None:
+    def _keep(self, model: nn.Module, names: list[str]) -> Mapping[str, Tensor]:
         """Let the form keep what else it needs."""
         self._placed = {}
-        self._form.take(model, names, self.reference if isinstance(self.reference, Mapping) else None)
+        return self._form.take(model, names, self.reference if isinstance(self.reference, Mapping) else None)
 
     def _strengths(self, model: nn.Module) -> dict[str, float]:
         """Return the strength of each group that is anchored, by name."""

@@ -108,14 +108,18 @@ class Form:
         """
         return [name for group in groups if group.name in strengths for name in group.parameters]
 
-    def take(self, model: nn.Module, names: list[str], given: Mapping[str, Tensor] | None) -> None:
-        """Keep what else the reference is made of, and check the settings against the model, when it is taken.
+    def take(self, model: nn.Module, names: list[str], given: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        """Keep what else the reference is made of and return it, and check the settings, when it is taken.
 
         Args:
             model: the model, before training.
             names: what `names` returned.
             given: the reference as the user gave it; None: the model's own weights are the reference.
+
+        Returns:
+            What a resumed run must have the same, beside the parameters, by names that no parameter has.
         """
+        return {}
 
     def findings(self, trainer: Trainer) -> list[str]:
         """Return what keeps the form from working, one text each; empty if nothing."""

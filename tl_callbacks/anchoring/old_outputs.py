@@ -62,6 +62,12 @@ class Outputs(Activations):
         left_out = set() if self.old_head is None else head_parameters(groups)
         return [name for name in openable(model) if name not in left_out] if strengths else []
 
+    def take(self, model: nn.Module, names: list[str], given: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        """Keep the buffers; of an old head all that it is made of belongs to the reference too."""
+        kept = super().take(model, names, given)
+        head = {} if self.old_head is None else self.old_head.state_dict()
+        return {**kept, **{f"old head {name}": tensor for name, tensor in head.items()}}
+
     def points(self, model: nn.Module) -> dict[str, ReadPoint]:
         """Return where the head is given its features, if an old head is to be given them too."""
         if self.old_head is None:

@@ -63,10 +63,11 @@ class Penalty(Form):
         """It penalises what LoRA adds, unless it weighs each parameter's elements."""
         return self.importance is None
 
-    def take(self, model: nn.Module, names: list[str], given: Mapping[str, Tensor] | None) -> None:
+    def take(self, model: nn.Module, names: list[str], given: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
         """Check the importance against the parameters."""
         if self.importance is not None:
             self._checked = check_importance(self.importance, parameters_by_name(model), names)
+        return {}
 
     def cautions(self, reference: Mapping[str, Tensor]) -> list[str]:
         """Return that the importance was estimated at other weights than the reference, if it was."""

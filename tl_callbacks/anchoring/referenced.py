@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from tl_callbacks import events
 from tl_callbacks.anchoring.reference import Reference, Source
-from tl_callbacks.anchoring.updates import LoraUpdate, agreed, lora_updates
+from tl_callbacks.anchoring.updates import LoraUpdate, agreed, lora_updates, weights_below
 from tl_callbacks.callbacks import TransferCallback
 from tl_callbacks.checkpoints import loaded_checkpoint
 from tl_callbacks.discovery import group_layers
@@ -84,7 +84,8 @@ class WithReference(TransferCallback):
         )
         by_update = self._of_updates and not isinstance(self.reference, Mapping)
         self._zero = {update.name: update.zero for update in lora_updates(model)} if by_update else {}
-        self._keep(model, names)
+        below = weights_below(model, self._zero)
+        self._taken.vouch({**{f"below {name}": tensor for name, tensor in below.items()}, **self._keep(model, names)})
         self._model = weakref.ref(model)
 
     def _names(self, model: nn.Module) -> list[str]:
@@ -96,8 +97,9 @@ class WithReference(TransferCallback):
         """Whether of a LoRA adapter that adds nothing at the start, the reference is the model below it."""
         return True
 
-    def _keep(self, model: nn.Module, names: list[str]) -> None:
-        """Keep what else belongs to the reference, which has just been taken."""
+    def _keep(self, model: nn.Module, names: list[str]) -> Mapping[str, Tensor]:
+        """Keep what else belongs to the reference, which has just been taken; return it by names of its own."""
+        return {}
 
     def _settled(self, model: nn.Module) -> Reference:
         """Return the reference that all ranks share, as a training begins. Call it on all ranks.

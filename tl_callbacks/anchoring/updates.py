@@ -5,7 +5,7 @@ The update is s * B A with r columns in B. Its squared norm and the gradients of
 
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -86,6 +86,31 @@ def lora_updates(model: nn.Module, zero: Mapping[str, Literal["up", "down"]] | N
         if isinstance(module, LoraLayer):
             candidates = (_update(name, module, adapter, zero) for adapter in module.active_adapters)
             found += [update for update in candidates if update is not None]
+    return found
+
+
+def weights_below(model: nn.Module, zero: Mapping[str, Literal["up", "down"]]) -> dict[str, Tensor]:
+    """Return the weights that LoRA updates are added to, by the updates' names.
+
+    Args:
+        model: a model, with adapters or without.
+        zero: the factor that was zero when training began, by the updates' names.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"]))
+        >>> {name: tuple(weight.shape) for name, weight in weights_below(model, {"0": "up"}).items()}
+        {'0': (3, 4)}
+    """
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        full = (
+            {_full_name(name, adapter) for adapter in module.active_adapters} if isinstance(module, LoraLayer) else {}
+        )
+        if own := zero.keys() & full:
+            layer: Any = module
+            weight = layer.get_param() if isinstance(module, ParamWrapper) else layer.get_base_layer().weight
+            found |= dict.fromkeys(own, weight.detach())
     return found
 
 
@@ -188,11 +213,15 @@ def _update(
     else:
         return None
     experts = int(module.num_experts) if isinstance(module, ParamWrapper) else 1
-    full = normalise(name) if adapter == "default" else f"{normalise(name)}.{adapter}"
+    full = _full_name(name, adapter)
     zero = _zero(down, up, bias) if known is None else known.get(full)
     if zero is None:
         return None
     return LoraUpdate(full, down, up, float(module.scaling[adapter]), zero, bias, groups * experts, experts > 1)
+
+
+def _full_name(layer: str, adapter: str) -> str:
+    return normalise(layer) if adapter == "default" else f"{normalise(layer)}.{adapter}"
 
 
 def _zero(down: Tensor, up: Tensor, bias: Tensor | None) -> Literal["up", "down"] | None:

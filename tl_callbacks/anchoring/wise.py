@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from tl_callbacks import events
-from tl_callbacks.anchoring.beside import floating_buffers
+from tl_callbacks.anchoring.beside import floating_buffers, saved
 from tl_callbacks.anchoring.interpolation import Place, choose, interpolate_
 from tl_callbacks.anchoring.referenced import WithReference
 from tl_callbacks.callbacks import TransferCallback, announce
@@ -179,9 +179,10 @@ class WeightInterpolation(WithReference):
         names = [name for group in groups if group.name not in excluded for name in group.parameters]
         return [name for name in names if parameters[name].is_floating_point()]
 
-    def _keep(self, model: nn.Module, names: list[str]) -> None:
+    def _keep(self, model: nn.Module, names: list[str]) -> Mapping[str, Tensor]:
         """Keep the statistics of norms and the like, which training moves too."""
         self._buffers = {name: buffer.detach().clone() for name, buffer in floating_buffers(model).items()}
+        return saved(model, self._buffers)
 
     def _walk(self, model: nn.Module, args: TrainingArguments) -> Place:
         """Measure each place, leave the model at the one that the rule chooses, and return it."""
