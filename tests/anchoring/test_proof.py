@@ -117,7 +117,7 @@ def test_statistics_belong_to_the_reference_of_a_form_that_runs_it(form: Any, re
         norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
         norm.running_mean.add_(shift)  # type: ignore[operator]
         args = tiny.arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-        made = tiny.trainer(model, args, images=True, callbacks=[WeightAnchoring(0.1, form=form)])
+        made = tiny.trainer(model, args, tiny.images(), callbacks=[WeightAnchoring(0.1, form=form)])
         attach(made)
         return made
 
