@@ -63,6 +63,10 @@ def test_what_is_missing_is_named() -> None:
         TaskMatrix([[0.7], [0.9, 0.85], [0.8, NAN, 0.95]]).backward_transfer()
     with pytest.raises(ValueError, match="expected two stages or more, got 1"):
         TaskMatrix([[0.7]]).forgetting("chaudhry")
+    square = [[0.7, 0.1], [0.9, 0.8]]
+    assert TaskMatrix(square, baselines=[NAN, 0.1]).forward_transfer() == 0.0, "that of the first task does not count"
+    with pytest.raises(ValueError, match="the baseline of task 1 is nan; expected a number"):
+        TaskMatrix(square, baselines=[0.1, NAN]).forward_transfer()
     with pytest.raises(ValueError, match="`definition` is 'gem'; expected one of \"lopez-paz\""):
         TaskMatrix(ROWS).forgetting("gem")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`baselines` has 2 values; expected one for each of the 3 tasks"):

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import BertConfig, BertForSequenceClassification, Trainer
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorWithFlattening,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+)
 
 from tests import tiny
 from tests.forgetting.models import bert_lm, llama, sentences, t5, tokenizer
@@ -16,7 +23,7 @@ from tl_callbacks import LanguageModelling, group_layers
 from tl_callbacks.forgetting import language
 from tl_callbacks.forgetting.language import cross_entropies, divergences, fixed_mask, predicted
 from tl_callbacks.forgetting.readings import Reading, compare
-from tl_callbacks.forgetting.texts import padded
+from tl_callbacks.forgetting.texts import padded, tokenised
 
 
 def read(
@@ -86,6 +93,39 @@ def test_padding_on_the_left_costs_the_same(tmp_path: Path) -> None:
     assert torch.equal(left.weights, right.weights)
     assert torch.allclose(left.sums, right.sums, atol=1e-4)
     assert left_padded(texts)["attention_mask"][0, 0] == 0, "the control: there is padding"
+
+
+def padded_rows(texts: list[str], *, left: bool, length: int = 12) -> list[dict[str, list[int]]]:
+    rows = []
+    for text in texts:
+        ids = ids_of(text)[0].tolist()
+        pad, ones = [0] * (length - len(ids)), [1] * len(ids)
+        rows.append({"input_ids": pad + ids, "attention_mask": pad + ones})
+        if not left:
+            rows[-1] = {"input_ids": ids + pad, "attention_mask": ones + pad}
+    return rows
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_rows_that_were_padded_cost_what_their_texts_cost(left: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    numbers = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    model: Any = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40, n_positions=16, **numbers))
+    plain = read(LanguageModelling(sentences(), max_length=6), model, tmp_path)["language"]
+    found = read(LanguageModelling(padded_rows(sentences(), left=left), max_length=6), model, tmp_path)["language"]
+    assert torch.equal(found.weights, plain.weights), "six tokens of text are kept, and no padding"
+    assert torch.allclose(found.sums, plain.sums, atol=1e-5), "at the positions that texts have"
+
+
+def test_what_is_left_of_a_row() -> None:
+    row = {"input_ids": [0, 5, 6, 7, 0], "attention_mask": [0, 1, 0, 1, 0], "labels": [-100, 5, 6, -100, -100]}
+    inside = {"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1], "labels": [5, 6, -100]}
+    assert tokenised(row, None, 9, labels="tokens") == [inside], "a gap inside is no padding"
+    assert tokenised(row, None, 9) == [{key: inside[key] for key in ("input_ids", "attention_mask")}]
+    assert tokenised(row, None, 4, labels="target") == [{**inside, "labels": row["labels"][:4]}], "another sequence's"
+    assert tokenised({**row, "attention_mask": [0] * 5}, None, 9) == []
+    pack = {"input_ids": [0, 5, 6, 7, 8, 0], "attention_mask": [0, 1, 1, 1, 1, 0], "position_ids": [0, 0, 1, 0, 1, 0]}
+    assert [part["input_ids"] for part in tokenised(pack, None, 9)] == [[5, 6], [7, 8]]
 
 
 def test_packed_rows_cost_what_their_samples_cost(tmp_path: Path) -> None:
@@ -162,6 +202,16 @@ def test_the_head_that_the_model_had_before_it_got_another(tmp_path: Path) -> No
     assert not any(module._forward_hooks for module in classifier.modules())
 
 
+def test_a_head_in_another_dtype_than_the_model(tmp_path: Path) -> None:
+    whole, texts = bert_lm(), sentences()
+    classifier = BertForSequenceClassification(BertConfig(**whole.config.to_dict()))
+    classifier.bert.load_state_dict(whole.bert.state_dict(), strict=False)
+    measure = LanguageModelling(texts, head=copy.deepcopy(whole.cls), kind="masked")
+    expected = read(measure, classifier, tmp_path)["language"]
+    found = read(measure, classifier.to(torch.bfloat16), tmp_path)["language"]
+    assert found.value == pytest.approx(expected.value, abs=0.05)
+
+
 def test_the_divergence_is_that_of_the_whole_vocabulary_at_each_token(tmp_path: Path) -> None:
     base, tuned, texts = llama(), llama(seed=1), sentences()
     found = read(LanguageModelling(texts), base, tmp_path, tuned=tuned)["language_kl"]
@@ -200,6 +250,8 @@ def test_the_operations_against_float64(dtype: torch.dtype, monkeypatch: pytest.
         assert torch.allclose(cross_entropies(base, targets), nats, atol=close)
         assert torch.allclose(divergences(base, tuned), far.sum(1), atol=close)
     assert divergences(base, base).eq(0).all()
+    near = divergences(base.float(), base.float() * (1 + 1e-7) + 3)
+    assert near.min() >= 0, "rounding is no negative divergence"
     assert not torch.allclose(divergences(tuned, base), far.sum(1), atol=1e-2), "it has a direction"
     base[:, 3] = -torch.inf
     assert divergences(base, tuned).isfinite().all()
@@ -240,9 +292,25 @@ def test_changes_and_their_errors_are_paired_by_row() -> None:
     assert better.retention > 1
 
 
+CLASSED = [{"input_ids": [5, 6, 7], "labels": 1}] * 2
+
 FINDINGS: dict[str, tuple[Any, Any, str]] = {
     "no language model": (lambda: tiny.bert(), {}, "BertForSequenceClassification is no language model by its class"),
-    "no kind": (lambda: tiny.bert(), {"head": torch.nn.Linear(16, 40)}, "Say which it was by kind="),
+    "a model of one's own": (
+        lambda: torch.nn.Linear(2, 2),
+        {},
+        'Say which it is by kind="causal" or kind="masked", and',
+    ),
+    "classes": (bert_lm, {"rows": CLASSED}, "the `labels` of a row are 1 and its `input_ids` 3 tokens"),
+    "classes, causal": (llama, {"rows": CLASSED}, "A class is none: leave `labels` out of such rows. The row: \"{'"),
+    "the class of a word": (llama, {"rows": [{"input_ids": [5], "labels": 1}]}, "are 1 and its `input_ids` 1 tokens"),
+    "more labels than tokens": (
+        llama,
+        {"rows": [{"input_ids": [5] * 9, "labels": [5] * 10}], "max_length": 8},
+        "9 tokens; expected one for each",
+    ),
+    "another mask": (llama, {"rows": [{"input_ids": [5], "attention_mask": [1, 1]}]}, "the `attention_mask` of a row"),
+    "no kind": (lambda: tiny.bert(), {"head": torch.nn.Linear(16, 40)}, "Say which it is by kind="),
     "a source without labels": (t5, {}, "measured on rows with `input_ids` and `labels`"),
     "its own head": (llama, {"head": "own"}, "`head` shares parameters with the model"),
     "no rows": (llama, {"rows": ["", ""]}, "no rows with tokens"),
@@ -260,6 +328,35 @@ def test_what_cannot_be_measured_is_a_finding(name: str, tmp_path: Path) -> None
     measure = LanguageModelling(**{"rows": sentences(), **options})
     trainer = Trainer(model, tiny.arguments(tmp_path), processing_class=tokenizer())
     assert any(message in text for text in measure.findings(trainer)), measure.findings(trainer)
+
+
+def test_batches_of_a_collator_that_are_not_a_row_for_each(tmp_path: Path) -> None:
+    rows: Any = [{"input_ids": ids_of(text)[0].tolist()} for text in sentences(5)]
+    flat = LanguageModelling(rows, collate=DataCollatorWithFlattening())
+    with pytest.raises(
+        ValueError, match=r"labels of shape \(1, \d+\) for \(1, \d+\) tokens of 5 rows; expected \(rows,"
+    ):
+        read(flat, llama(), tmp_path)
+    assert read(flat, llama(), tmp_path, per_device_eval_batch_size=1)["language"].value > 0
+    classed = lambda rows: {**padded(rows), "labels": torch.ones(len(rows)).long()}  # noqa: E731
+    with pytest.raises(ValueError, match=r"`collate` makes labels of shape \(5,\) for \(5, 7\) tokens"):
+        read(LanguageModelling(rows, collate=classed), bert_lm(), tmp_path)
+
+
+class Own(torch.nn.Module):
+    """A causal language model that is no class of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = llama()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        return {"logits": self.inner(input_ids, attention_mask=attention_mask).logits}
+
+
+def test_a_language_model_of_ones_own_is_known_by_its_kind(tmp_path: Path) -> None:
+    found = read(LanguageModelling(sentences(), kind="causal"), Own(), tmp_path)["language"]
+    assert torch.allclose(found.sums, read(LanguageModelling(sentences()), llama(), tmp_path)["language"].sums)
 
 
 def test_a_masked_model_needs_a_mask_and_texts_a_tokenizer(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ def test_equally_near_documents_share_the_place() -> None:
     broken = torch.eye(4)
     broken[1] = torch.nan
     assert recall_at(broken, torch.eye(4)).tolist() == [1.0, 0.0, 1.0, 1.0]
+    assert recall_at(torch.eye(4), broken).tolist() == [1.0, 0.0, 1.0, 1.0], "nor does a document that is no number"
+    assert recall_at(broken, torch.full((4, 4), torch.nan)).tolist() == [0.0] * 4
     with pytest.raises(ValueError, match=r"the queries are \(4, 4\) and the documents \(3, 4\)"):
         recall_at(torch.eye(4), torch.eye(4)[:3])
     with pytest.raises(ValueError, match="`k` is 0"):
@@ -71,6 +73,49 @@ def test_texts_are_read_without_their_padding(pooling: Any, tmp_path: Path) -> N
     assert measure.score(part)["retrieval"].chance == 1 / 9
     assert measure.rows == 9
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Wrapped(torch.nn.Module):
+    """A model that is no class of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.head = torch.nn.Embedding(40, 16), torch.nn.Linear(16, 3)
+
+    def forward(self, input_ids: Any) -> dict[str, torch.Tensor]:
+        return {"logits": self.head(self.encoder(input_ids))}
+
+
+def test_a_model_that_is_no_class_of_transformers_is_read_below_its_head(tmp_path: Path) -> None:
+    model, pairs = Wrapped(), list(zip(sentences(4), sentences(4, seed=8), strict=True))
+    measure = Retrieval(pairs)
+    trainer = Trainer(model, tiny.arguments(tmp_path), processing_class=tokenizer())
+    assert measure.findings(trainer) == []
+    part = measure.read(model, group_layers(model), base=True, rank=0, ranks=1).sorted()
+    ids = torch.tensor(tokenizer()(pairs[0][0])["input_ids"])
+    assert torch.allclose(part.features["features"][0], model.encoder(ids).mean(0), atol=1e-6)
+    assert part.features["features"].shape == (8, 16), "and not the logits"
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_tokenised_texts_with_padding_on_the_left_lose_none_of_their_tokens(pooling: Any, tmp_path: Path) -> None:
+    model, longest = llama(), 12
+    sides = [[tokenizer()(text)["input_ids"] for text in sentences(9, seed=seed)] for seed in (3, 8)]
+    plain = [[{"input_ids": ids} for ids in pair] for pair in zip(*sides, strict=True)]
+    blank = lambda ids: [0] * (longest - len(ids))  # noqa: E731
+    padded = [
+        [{"input_ids": blank(ids) + ids, "attention_mask": blank(ids) + [1] * len(ids)} for ids in pair]
+        for pair in zip(*sides, strict=True)
+    ]
+    found = []
+    for pairs in (plain, padded):
+        measure = Retrieval(pairs, pooling=pooling, max_length=9)
+        trainer = Trainer(model, tiny.arguments(tmp_path), processing_class=tokenizer())
+        assert measure.findings(trainer) == []
+        found.append(measure.read(model, group_layers(model), base=True, rank=0, ranks=1).sorted().features["features"])
+    assert torch.allclose(*found, atol=1e-5)
 
 
 FINDINGS: dict[str, tuple[Any, Any, str]] = {

@@ -258,6 +258,8 @@ class ForgettingMonitor(TransferCallback):
     def _summary(self) -> str:
         errors = self._panel.errors
         values = [f"{name} {value:.4g} ± {errors[name]:.2g}" for name, value in self._recorded.items()]
+        without = [item for measure in self._panel.measures for item in measure.unmeasured.items()]
+        values += [f"no {name} ({why})" for name, why in without]
         return f"{self!r} compares with the pretrained model: {', '.join(values)}"
 
 

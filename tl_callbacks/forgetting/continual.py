@@ -79,7 +79,8 @@ class TaskMatrix:
         """Return how far the later tasks stand above their baselines before they are learned, on average.
 
         Raises:
-            ValueError: there is one task only, there are no baselines, or a value above the diagonal is missing.
+            ValueError: there is one task only, there are no baselines, or one of them or of the values above the
+                diagonal is missing.
         """
         last = self._last("forward transfer")
         if self.baselines is None:
@@ -87,6 +88,11 @@ class TaskMatrix:
                 "forward transfer compares with what a model scores that has learned nothing. Give `baselines`, each "
                 "task's metric under random weights."
             )
+        for task, value in enumerate(self.baselines[1:], 1):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"the baseline of task {task} is {value}; expected a number. Evaluate it before stage 0."
+                )
         return _mean([self._at(task - 1, task) - self.baselines[task] for task in range(1, last + 1)])
 
     def forgetting(self, definition: Definition) -> float:

@@ -103,7 +103,7 @@ def divergences(base: Tensor, tuned: Tensor) -> Tensor:
     for rows in _chunks(base):
         log_p, log_q = _log_probabilities(base[rows]), _log_probabilities(tuned[rows])
         terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q))
-        found[rows] = terms.sum(1, dtype=torch.float64)
+        found[rows] = terms.sum(1, dtype=torch.float64).clamp(min=0)  # below 0 by rounding alone
     return found
 
 

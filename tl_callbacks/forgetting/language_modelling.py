@@ -18,9 +18,9 @@ from tl_callbacks.forgetting.language import (
     predicting,
 )
 from tl_callbacks.forgetting.measures import Measure
-from tl_callbacks.forgetting.models import last_hidden_states, logits_in, own_head_finding
+from tl_callbacks.forgetting.models import answered, last_hidden_states, logits_in, own_head_finding
 from tl_callbacks.forgetting.readings import Reading
-from tl_callbacks.forgetting.texts import Row, padded, tokenised, tokenizer_of
+from tl_callbacks.forgetting.texts import Labels, Row, padded, tokenised, tokenizer_of
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.probing.evaluation import Collate
 from tl_callbacks.probing.passes import Part
@@ -42,8 +42,8 @@ class LanguageModelling(Measure):
     vocabulary in float32, all ranks together, 125 MB at 30,000 words.
 
     Args:
-        rows: texts of the pretrained model's domain, or tokenised rows; `labels` in a row count instead of its tokens,
-            -100 none. Not what is trained on.
+        rows: texts of the pretrained model's domain, or tokenised rows; `labels` in a row, one for each token, count
+            instead of its tokens, -100 none. Not what is trained on.
         kind: "causal", "masked" or "seq2seq" (rows with `labels`); None: that of the model's class.
         head: where the model is trained with another head, the language model's: takes last hidden states, gives
             logits, such as `BertForMaskedLM.from_pretrained(...).cls`.
@@ -130,7 +130,9 @@ class LanguageModelling(Measure):
         tokenizer = tokenizer_of(trainer, self.tokenizer)
         dataset, collate = self.given, self.collate
         if collate is None:
-            dataset = [row for n in places.tolist() for row in tokenised(self.given[n], tokenizer, self.max_length)]
+            labels: Labels = "target" if self._kind == "seq2seq" else "tokens"
+            given = (tokenised(self.given[n], tokenizer, self.max_length, labels=labels) for n in places.tolist())
+            dataset = [row for rows in given for row in rows]
             dataset, places = self._labelled(dataset, tokenizer), torch.arange(len(dataset))
             pad = getattr(tokenizer, "pad_token_id", None)
             collate = lambda rows: padded(rows, pad or 0)  # noqa: E731
@@ -172,11 +174,11 @@ class LanguageModelling(Measure):
         assert self._source is not None
         if base:
             self.kept = {}
-        reader = _Reader(self, self._source, shifted=self._kind == "causal", base=base)
+        reader = _Reader(self, self._source, kind=self._kind, base=base)
         call = lambda batch: called(model, self._inputs(model, batch), labels=self._kind == "seq2seq")  # noqa: E731
         if self.head is not None:
             self.head.to(next(model.parameters()).device).eval()
-        with last_hidden_states(model, reader.hear):
+        with last_hidden_states(model, groups, reader.hear):
             places, kept = forwards(model, self._source, reader.take, call=call, seed=self.seed, rank=rank, ranks=ranks)
         return Part(places[kept], {"sums": torch.cat(reader.found)[kept]})
 
@@ -194,9 +196,10 @@ class LanguageModelling(Measure):
 class _Reader:
     """Takes the forwards of one pass: by row nats, tokens, weighted divergences, and their weights."""
 
-    def __init__(self, measure: LanguageModelling, source: Source, *, shifted: bool, base: bool) -> None:
+    def __init__(self, measure: LanguageModelling, source: Source, *, kind: LanguageKind, base: bool) -> None:
         self.measure = measure
-        self.shifted = shifted
+        self.kind = kind
+        self.shifted = kind == "causal"
         self.base = base
         self.found: list[Tensor] = []
         self._hidden: Tensor | None = None
@@ -215,6 +218,7 @@ class _Reader:
         if not self.shifted and "labels" not in batch:
             raise ValueError("`collate` makes batches without `labels`, which tell what a masked model is asked for.")
         labels = batch["labels"] if "labels" in batch else batch["input_ids"]
+        _check(labels, None if self.kind == "seq2seq" else batch.get("input_ids"), len(step.places))
         segments = packed_segments(batch.get("position_ids"), batch.get("cu_seq_lens_q")) if mask is None else None
         if not self.shifted:
             mask = None  # an encoder's, which is not that of a decoder's labels; they say themselves what counts
@@ -243,13 +247,24 @@ class _Reader:
         head = self.measure.head
         values = logits_in(output) if head is None else self._hidden
         if values is None or values.ndim != 3:
+            advice = "the language model's head as `head=`" if head is None else "groups whose head takes hidden states"
             raise ValueError(
                 f"expected {'logits' if head is None else 'hidden states'} of each token, (rows, length, ...), got "
-                f"{None if values is None else tuple(values.shape)}. Give the language model's head as `head=`."
+                f"{None if values is None else tuple(values.shape)}. Give {advice}."
             )
         picked = predicting(values, counts.to(values.device), shifted=self.shifted)
-        found: Tensor = picked if head is None else logits_in(head(picked))
+        found: Tensor = picked if head is None else logits_in(answered(head, picked))
         return found
+
+
+def _check(labels: Tensor, ids: Tensor | None, rows: int) -> None:
+    """Raise if a batch of a `collate` of one's own is not a row for each, and a label for each token."""
+    if labels.ndim != 2 or len(labels) != rows or (ids is not None and labels.shape != ids.shape):
+        got = f"labels of shape {tuple(labels.shape)}" + (f" for {tuple(ids.shape)} tokens" if ids is not None else "")
+        raise ValueError(
+            f"`collate` makes {got} of {rows} rows; expected (rows, length), a row for each and a label for each "
+            "token. Leave `collate` out, and rows are padded here; the class of a row is no label of its tokens."
+        )
 
 
 def _kind_of(model: nn.Module, head: nn.Module | None) -> LanguageKind:
@@ -261,8 +276,8 @@ def _kind_of(model: nn.Module, head: nn.Module | None) -> LanguageKind:
         return "masked"
     if own & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}:
         return "causal"
-    advice = "Give it as `head=`, with kind=" if head is None else "Say which it was by kind="
+    also = ", and give the language model's head as `head=` if its own is another one" if head is None else ""
     raise ValueError(
-        f'{type(base).__name__} is no language model by its class, and has no head for one. {advice}"causal" or '
-        'kind="masked".'
+        f'{type(base).__name__} is no language model by its class. Say which it is by kind="causal" or kind="masked"'
+        f"{also}."
     )

@@ -43,6 +43,11 @@ class Measure:
         return {self.name: ""}
 
     @property
+    def unmeasured(self) -> dict[str, str]:
+        """Why it gives none of a value that it might have given, in words, by name; known once it has scored."""
+        return {}
+
+    @property
     def rows(self) -> int:
         """How many rows it reads, once prepared."""
         raise NotImplementedError

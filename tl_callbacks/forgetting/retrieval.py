@@ -12,7 +12,8 @@ def recall_at(queries: Tensor, documents: Tensor, k: int = 1) -> Tensor:
 
     Query number i belongs to document number i. Where documents are equally near, as duplicates are, it is the share
     of the orders in which its own one is among the k: a number between 0 and 1 that no order of the rows changes.
-    So rows that are all the same score chance, k / n, and not 1. Rows that are no numbers score 0.
+    So rows that are all the same score chance, k / n, and not 1. A query that is no number scores 0, as does one whose
+    document is none; to the others such a document is never near.
 
     Args:
         queries: (n, d), any floating dtype.
@@ -47,7 +48,7 @@ def recall_at(queries: Tensor, documents: Tensor, k: int = 1) -> Tensor:
         nearer = (ahead > _TIED).sum(1)
         tied = (ahead.abs() <= _TIED).sum(1).clamp(min=1)  # its own document at least
         found[rows] = ((k - nearer).double() / tied).clamp(0.0, 1.0)
-    return torch.where(own.isfinite() & y.isfinite().all(), found, 0.0)
+    return torch.where(own.isfinite(), found, 0.0)
 
 
 def _unit(features: Tensor) -> Tensor:

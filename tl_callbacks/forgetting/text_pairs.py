@@ -23,7 +23,8 @@ class Retrieval(Measure):
     """Recall@k of text pairs: how often a query's own document is among the k nearest of all documents, by cosine.
 
     Such as the first line of a docstring and its body. A text is the pooled last hidden states of the model below its
-    head, or what a SentenceTransformer makes of it. Queries look for documents, not the other way round; equally near
+    head (of a model that is no class of transformers, what its head group is given), or what a SentenceTransformer
+    makes of it. Queries look for documents, not the other way round; equally near
     documents share the place. Retention is now / base. Chance is k / n, so a pretrained model must find far more than
     that for retention to say anything.
 
@@ -96,7 +97,7 @@ class Retrieval(Measure):
             samples = tokenised(text, tokenizer, self.max_length)
             if len(samples) != 1:
                 raise ValueError(f"a text gives {len(samples)} samples; expected one with tokens: {str(text)[:60]!r}.")
-            rows.append({key: values for key, values in samples[0].items() if key != "labels"})
+            rows.append(samples[0])
         pad = getattr(tokenizer, "pad_token_id", None) or 0
         self._source = Source(
             rows, torch.arange(len(rows)), lambda batch: padded(batch, pad), trainer.args.per_device_eval_batch_size,
@@ -110,6 +111,10 @@ class Retrieval(Measure):
         found: list[Tensor] = []
 
         def take(step: Step) -> None:
+            if not hidden:
+                raise ValueError(
+                    f"{self.name}: no hidden states were found. Give ForgettingMonitor the model's groups."
+                )
             states, rows = hidden.pop(), len(step.places)
             mask = step.batch["attention_mask"].to(states.device)
             prompts = states.shape[1] - mask.shape[1] if states.ndim == 3 else 0
@@ -128,7 +133,7 @@ class Retrieval(Measure):
             else:
                 called(model, batch, labels=False)
 
-        with nullcontext() if embeds else last_hidden_states(model, hidden.append):
+        with nullcontext() if embeds else last_hidden_states(model, groups, hidden.append):
             places, kept = forwards(model, self._source, take, call=call, seed=self.seed, rank=rank, ranks=ranks)
         return Part(places[kept], {"features": torch.cat(found)[kept]})
 

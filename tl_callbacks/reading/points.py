@@ -41,9 +41,9 @@ def read_points(model: nn.Module, groups: LayerGroups) -> dict[str, ReadPoint]:
     """Return where each group is read, by group name, bottom to top; without those that no module stands for.
 
     A block is read at its output. Embeddings that are several modules (GPT-2's words and positions) are read where
-    they have been put together: at the input of the block above. The head is read at its input, which is what the
-    layers below hand to it: its own output are the logits, which the metrics judge. A group made by hand is read at
-    the output of the last module that is its own.
+    they have been put together: at the input of the block above. The head is read at its input, that of the first of
+    `head_modules`, which is what the layers below hand to it: its own output are the logits, which the metrics judge. A
+    group made by hand is read at the output of the last module that is its own.
 
     Args:
         model: the model, wrapped (DDP, FSDP2, `torch.compile`, PEFT) or not.
@@ -57,14 +57,12 @@ def read_points(model: nn.Module, groups: LayerGroups) -> dict[str, ReadPoint]:
         >>> {name: (type(point.module).__name__, point.takes_input) for name, point in points.items()}
         {'embeddings': ('GPT2Block', True), 'h.0': ('GPT2Block', False), 'h.1': ('GPT2Block', False)}
     """
-    paths = {_clean(path): module for path, module in model.named_modules() if _callable(module)}
-    owner = {name: group.name for group in groups for name in group.parameters}
-    own = _own_modules(paths, owner)
+    paths, own = _modules(model, groups)
     found: dict[str, ReadPoint] = {}
     for place, group in enumerate(groups):
         path = None if group.name == groups.head else _by_name(group, paths)
         if path is None and group.name == groups.head and own.get(group.name):
-            path = own[group.name][-1]
+            path = _siblings(own[group.name])[0]
             found[group.name] = _point(path, paths, takes_input=True, first=False)
             continue
         if path is None and (above := _above(place, groups, paths)) is not None and _is_stem(place, groups):
@@ -74,6 +72,26 @@ def read_points(model: nn.Module, groups: LayerGroups) -> dict[str, ReadPoint]:
         if path is not None:
             found[group.name] = _point(path, paths, takes_input=False, first=False)
     return found
+
+
+def head_modules(model: nn.Module, groups: LayerGroups) -> dict[str, nn.Module]:
+    """Return the modules that the head consists of by path, in the order of registration.
+
+    Most heads are one module; DistilBERT's are two, the first of which is given what the layers below hand on. Of a
+    block that was merged with the head it is the head alone, which stands elsewhere in the model.
+
+    Args:
+        model: the model, wrapped or not.
+        groups: its groups.
+
+    Example:
+        >>> from tl_callbacks import group_layers
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+        >>> head_modules(model, group_layers(model))
+        {'1': Linear(in_features=3, out_features=4, bias=True)}
+    """
+    paths, own = _modules(model, groups)
+    return {path: paths[path] for path in _siblings(own.get(groups.head or "", []))}
 
 
 def watch(point: ReadPoint, take: Callable[[Any], None]) -> RemovableHandle:
@@ -92,6 +110,12 @@ def watch(point: ReadPoint, take: Callable[[Any], None]) -> RemovableHandle:
         take(args if args else kwargs)
 
     return point.module.register_forward_pre_hook(given, with_kwargs=True)
+
+
+def _modules(model: nn.Module, groups: LayerGroups) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+    """Return all modules that are called by path, and the paths of those that are a group's own by group."""
+    paths = {_clean(path): module for path, module in model.named_modules() if _callable(module)}
+    return paths, _own_modules(paths, {name: group.name for group in groups for name in group.parameters})
 
 
 def _point(path: str, paths: Mapping[str, nn.Module], *, takes_input: bool, first: bool) -> ReadPoint:
@@ -138,6 +162,11 @@ def _own_modules(paths: Mapping[str, nn.Module], owner: Mapping[str, str]) -> di
             if not any(path.startswith(f"{above}.") for above in known):
                 known.append(path)
     return own
+
+
+def _siblings(own: list[str]) -> list[str]:
+    """Return the last of a group's own modules and those beside it, which are the head where blocks were merged in."""
+    return [path for path in own if path.rpartition(".")[0] == own[-1].rpartition(".")[0]]
 
 
 def _is_stem(place: int, groups: LayerGroups) -> bool:
