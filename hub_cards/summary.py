@@ -151,11 +151,34 @@ def _retention(facts: RunFacts) -> dict[str, Any] | None:
         }
         for name, one in found["measures"].items()
     ]
-    least, now = found["min_retention"], found["retention"]
-    verdict = None
-    if least is not None and now is not None:
-        verdict = f"At least {number(least)} was asked for, which the run {'kept' if now >= least else 'did not keep'}."
-    return {"rows": rows, "verdict": verdict}
+    least, now, broken = found["min_retention"], found["retention"], no_numbers(found)
+    said = []
+    if broken:
+        said.append(f"{code(broken[0])} was measured and is no number: a weight of this model is NaN or infinite.")
+    if least is not None and (broken or now is not None):
+        kept = not broken and now >= least
+        said.append(f"At least {number(least)} was asked for, which the run {'kept' if kept else 'did not keep'}.")
+    return {"rows": rows, "verdict": Markdown(" ".join(said)) or None}
+
+
+def no_numbers(monitor: Mapping[str, Any]) -> list[str]:
+    """Return which values have a retention to lose, and are NaN in the model at the end of training.
+
+    Args:
+        monitor: the facts of a `ForgettingMonitor`.
+
+    Example:
+        >>> lost = {"measures": "accuracy", "before": 0.5, "after": None, "retention": None}
+        >>> no_numbers({"weights_of_step": 6, "measures": {"source": lost}})
+        ['source']
+    """
+    if monitor.get("weights_of_step") is None:
+        return []
+    return [
+        name
+        for name, one in monitor["measures"].items()
+        if one["before"] and one["after"] is None and one["retention"] is None
+    ]
 
 
 def _measure(series: Mapping[str, Series]) -> list[dict[str, str]]:

@@ -27,8 +27,12 @@ def retention_front(cell: Mapping[str, Runs], labels: Mapping[str, str]) -> dict
     include 0 in both (paired, not corrected for the number of rows). Rows without a retention take no part.
 
     Args:
-        cell: row -> runs, with `correct` and `hits` (see `report.make_report`), all of the same pairs.
+        cell: row -> runs, with `correct` and `hits` (see `report.make_report`), all of one pretrained model and of the
+            same pairs.
         labels: row -> its name in the sentence.
+
+    Raises:
+        ValueError: two rows have other hits before training.
 
     Example:
         >>> hits = {"before": [1, 1, 1, 1], "after": [1, 1, 1, 1]}
@@ -41,6 +45,12 @@ def retention_front(cell: Mapping[str, Runs], labels: Mapping[str, str]) -> dict
         return None
     answers = {row: np.array([run["correct"] for run in cell[row]], dtype=float) for row in rows}
     after, base = {row: _hits(cell[row], "after") for row in rows}, _hits(cell[rows[0]], "before")
+    for row in rows:
+        if not np.array_equal(_hits(cell[row], "before"), base):
+            raise ValueError(
+                f"row `{row}`: its hits before training are not those of row `{rows[0]}`; expected one pretrained "
+                "model and one set of pairs. Run the two again from the same model."
+            )
     means = {row: (float(answers[row].mean()), float(after[row].sum() / base.sum())) for row in rows}
 
     def alike(row: str, other: str) -> bool:

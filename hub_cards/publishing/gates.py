@@ -4,6 +4,7 @@ from pathlib import Path
 
 from hub_cards.facts import RunFacts
 from hub_cards.paths import is_repo_id
+from hub_cards.summary import no_numbers
 
 
 def check_gates(
@@ -54,7 +55,14 @@ def _check_retention(facts: RunFacts, asked: float | None) -> None:
     monitor = facts.methods.get("ForgettingMonitor", {})
     own, found = monitor.get("min_retention"), monitor.get("retention")
     least = max((bound for bound in (asked, own) if bound is not None), default=None)
-    if least is None or (found is not None and found >= least):
+    if least is None:
+        return
+    if broken := no_numbers(monitor):
+        raise ValueError(
+            f"`{broken[0]}` was measured and is no number, and a retention of at least {least:g} was asked for. A "
+            "weight is NaN or infinite: publish a checkpoint from before that, or another run."
+        )
+    if found is not None and found >= least:
         return
     if found is None:
         raise ValueError(

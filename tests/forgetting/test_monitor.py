@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import Trainer
 
 import hub_cards
 from tests import tiny
@@ -28,7 +28,6 @@ from tl_callbacks import (
     attach,
     events,
 )
-from tl_callbacks.forgetting.readings import Change
 
 SCHEMA = json.loads((Path(hub_cards.__file__).parent / "run.schema.json").read_text())
 MONITOR = SCHEMA["properties"]["methods"]["properties"]["ForgettingMonitor"]
@@ -157,24 +156,6 @@ def test_the_baseline_of_adapters_is_the_model_without_them(name: str, tmp_path:
     assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n or "prompt" in n)
 
 
-def test_a_resumed_run_compares_with_the_recorded_baseline(tmp_path: Path) -> None:
-    straight = trained(tmp_path, ForgettingMonitor(LanguageModelling(sentences())), **SAVING)
-    for seed in (0, 1):
-        again = make(tmp_path, ForgettingMonitor(LanguageModelling(sentences())), model=llama(seed=seed), **SAVING)
-        attach(again)
-        if seed:
-            with pytest.warns(
-                UserWarning, match=r"is not the one that it began with: `language` is \S+ here and \S+ th"
-            ):
-                again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-        else:
-            again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-            assert logged(again) == logged(straight)
-        found, expected = logged(again)[6], logged(straight)[6]
-        assert found["tl/forgetting/language"] == expected["tl/forgetting/language"], "the recorded one counts"
-        assert len(events.read(again.state.log_history, "forgetting")) == 1
-
-
 def test_a_model_made_anew_has_a_baseline_of_its_own(tmp_path: Path) -> None:
     seeds = iter([1, 2])
     args = tiny.arguments(tmp_path, **EVALUATION, learning_rate=1e-12)
@@ -203,6 +184,8 @@ def test_several_evaluation_sets_and_evaluations_around_the_training(tmp_path: P
     assert trainer.model is not None
     trainer.model.load_state_dict(llama().state_dict())
     assert trainer.evaluate()["eval_retention"] == pytest.approx(1.0), "of the weights as they are"
+    tested = trainer.evaluate(words(), metric_key_prefix="test")
+    assert (tested["test_retention"], "eval_retention" in tested) == (pytest.approx(1.0), False)
     assert monitor.changes(trainer.model)["language"].forgetting == pytest.approx(0, abs=1e-6)
 
 
@@ -220,121 +203,9 @@ def test_its_passes_are_not_taken_for_the_trainers_evaluation(
     monitor, probes = ForgettingMonitor(LanguageModelling(sentences())), RepresentationProbes("eval")
     expected = found(RepresentationProbes("eval"))
     assert found(*((monitor, probes) if first else (probes, monitor))) == expected
-    assert "reads the probe set itself" not in capsys.readouterr().out
-
-
-class Forget:
-    """Lets the monitor find the retention that a test says, by the step that the weights are of; all else as it is."""
-
-    def __init__(self, monitor: ForgettingMonitor, retentions: dict[int, float], seen: dict[float, float]) -> None:
-        self.trainer: Trainer | None = None
-        changes = monitor._panel.changes
-
-        def changed(model: Any, recorded: Any) -> dict[str, Change]:
-            assert self.trainer is not None
-            here = seen.setdefault(float(weights(self.trainer).sum()), retentions[self.trainer.state.global_step])
-            return {name: change._replace(retention=here) for name, change in changes(model, recorded).items()}
-
-        monitor._panel.changes = changed  # type: ignore[method-assign]
-
-
-def run(
-    folder: Path,
-    retentions: dict[int, float],
-    *,
-    least: float | None = 0.95,
-    callbacks: Any = (),
-    seen: dict[float, float] | None = None,
-    resumed: str | None = None,
-    **options: Any,
-) -> Trainer:
-    monitor = ForgettingMonitor(LanguageModelling(sentences(), kl_tokens=0), min_retention=least)
-    forget = Forget(monitor, retentions, {} if seen is None else seen)
-    trainer = make(folder, monitor, callbacks=callbacks, **{**SAVING, **options})
-    forget.trainer = trainer
-    attach(trainer)
-    trainer.train(resume_from_checkpoint=resumed)
-    return trainer
-
-
-def checkpoints(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("checkpoint-*")}
-
-
-def weights(trainer: Trainer) -> torch.Tensor:
-    assert trainer.model is not None
-    found: torch.Tensor = trainer.model.state_dict()["lm_head.weight"].clone()
-    return found
-
-
-def test_the_best_checkpoint_is_the_best_of_those_that_kept_enough(tmp_path: Path) -> None:
-    plain = run(tmp_path / "plain", {2: 1, 4: 1, 6: 1})
-    assert plain.state.best_global_step == 6, "the control: the loss falls at each evaluation"
-    some = run(tmp_path / "some", {2: 0.99, 4: 0.96, 6: 0.9})
-    assert (some.state.best_global_step, Path(str(some.state.best_model_checkpoint)).name) == (4, "checkpoint-4")
-    metrics = [entry["eval_loss"] for entry in some.state.log_history if "eval_loss" in entry]
-    assert some.state.best_metric == metrics[1]
-    assert not torch.equal(weights(some), weights(plain)), "the weights of step 4 were loaded"
-    facts = json.loads((tmp_path / "some" / "recipe.json").read_text())["methods"]["ForgettingMonitor"]
-    assert (facts["weights_of_step"], facts["min_retention"]) == (4, 0.95)
-    (end,) = events.read(some.state.log_history, "forgetting_end")
-    assert (end["step"], end["weights_of"], end["values"]["tl/retention"]) == (6, 4, 0.96)
-
-
-def test_min_retention_by_what_is_really_forgotten(tmp_path: Path) -> None:
-    options = {**SAVING, "learning_rate": 5e-2}
-    free = trained(tmp_path / "free", ForgettingMonitor(LanguageModelling(sentences())), **options)
-    kept = {step: entry["tl/retention"] for step, entry in logged(free).items()}
-    assert kept[2] > kept[6]
-    assert free.state.best_global_step == 6
-    monitor = ForgettingMonitor(LanguageModelling(sentences()), min_retention=(kept[2] + max(kept[4], kept[6])) / 2)
-    held = trained(tmp_path / "held", monitor, **options)
-    assert held.state.best_global_step == 2
-    facts = monitor.facts()
-    assert facts["retention"] == pytest.approx(kept[2], rel=1e-6), "of the weights that were loaded"
-    assert facts["satisfied"] is True
-    assert {s: e["tl/retention"] for s, e in logged(held).items()} == kept, "the training itself is the same"
-
-
-def test_saving_the_best_alone_saves_none_that_lost_too_much(tmp_path: Path) -> None:
-    run(tmp_path / "plain", {2: 1, 4: 1, 6: 1}, save_strategy="best")
-    assert checkpoints(tmp_path / "plain") == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
-    run(tmp_path / "some", {2: 0.9, 4: 0.96, 6: 0.96}, save_strategy="best", save_total_limit=1)
-    assert checkpoints(tmp_path / "some") == {"checkpoint-6"}
-    with pytest.warns(UserWarning, match="No checkpoint that was evaluated kept it"):
-        run(tmp_path / "none", {2: 0.9, 4: 0.9, 6: 0.9}, save_strategy="best")
-    assert checkpoints(tmp_path / "none") == set()
-
-
-def test_where_none_kept_enough_the_end_says_so(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"ends with a retention of 0.9000, below min_retention=0.95. No checkpoint"):
-        trainer = run(tmp_path, {2: 0.8, 4: 0.85, 6: 0.9})
-    assert trainer.state.best_model_checkpoint is None
-    facts = json.loads((tmp_path / "recipe.json").read_text())["methods"]["ForgettingMonitor"]
-    assert (facts["satisfied"], facts["retention"], facts["weights_of_step"]) == (False, 0.9, 6)
-    options = {"load_best_model_at_end": False, "metric_for_best_model": "loss", "greater_is_better": False}
-    with pytest.warns(UserWarning, match=r"The weights of step 2 kept it. Load them, or set load_best_model_at_end"):
-        run(tmp_path / "kept", {2: 0.99, 4: 0.9, 6: 0.9}, **options)
-
-
-def test_a_resumed_run_goes_on_with_the_best_of_those_that_kept_enough(tmp_path: Path) -> None:
-    retentions, seen = {2: 0.99, 4: 0.9, 6: 0.9}, {}  # type: ignore[var-annotated]
-    straight = run(tmp_path, retentions, seen=seen)
-    again = run(tmp_path, retentions, seen=seen, resumed=str(tmp_path / "checkpoint-4"))
-    assert again.state.best_global_step == straight.state.best_global_step == 2
-    assert torch.equal(weights(again), weights(straight))
-
-
-def test_retention_may_be_the_metric_and_stop_early(tmp_path: Path) -> None:
-    early = EarlyStoppingCallback(1)
-    options = {"metric_for_best_model": "retention", "greater_is_better": True}
-    trainer = run(tmp_path, {2: 0.99, 4: 0.98, 6: 0.97}, least=None, callbacks=[early], **options)
-    assert (trainer.state.global_step, trainer.state.best_metric) == (4, 0.99)
-    monitor = ForgettingMonitor(LanguageModelling(sentences()))
-    first = make(tmp_path, monitor, callbacks=[early], **{**SAVING, **options})
-    first.callback_handler.callbacks.reverse()
-    with pytest.raises(PreflightError, match="EarlyStoppingCallback looks for `eval_retention` before"):
-        attach(first)
+    assert "in a pass of its own" not in capsys.readouterr().out
+    found(RepresentationProbes(words()))
+    assert "in a pass of its own" in capsys.readouterr().out, "the control: what the probes say of another set"
 
 
 def test_a_measure_that_the_pretrained_model_cannot_do_is_named(tmp_path: Path) -> None:
@@ -343,17 +214,27 @@ def test_a_measure_that_the_pretrained_model_cannot_do_is_named(tmp_path: Path) 
         UserWarning, match=r"`retrieval` is 0\.\d+ in the pretrained model, no better than chance \(0.050"
     ):
         attach(make(tmp_path, ForgettingMonitor(Retrieval(shuffled))))
-    hopeless = SourceTask([{"x": row["x"], "labels": 3} for row in points()])
-    model = Net()
+
+
+def test_no_share_of_nothing_can_be_asked_for(tmp_path: Path) -> None:
+    model, rows = Net(), points()
     with torch.no_grad():
         model.head.bias[0] += 100
-    args = tiny.arguments(tmp_path)
-    trainer = Trainer(model, args, train_dataset=points(), callbacks=[ForgettingMonitor(hopeless, min_retention=0.9)])
+    hopeless = SourceTask([{**row, "labels": 3} for row in rows], name="hopeless")
+
+    def attached(least: float | None) -> ForgettingMonitor:
+        monitor = ForgettingMonitor([hopeless, SourceTask(rows)], min_retention=least)
+        attach(Trainer(model, tiny.arguments(tmp_path), train_dataset=rows, callbacks=[monitor]))
+        return monitor
+
+    with pytest.warns(UserWarning, match="no better than chance"):
+        free = attached(None)
+    assert free.retention() == 1, "of the other measure"
     with (
         pytest.warns(),
-        pytest.raises(ValueError, match="is a share of what the pretrained model scores, and that is 0"),
+        pytest.raises(ValueError, match=r"in every measure, and `hopeless` is 0 there. Give rows that it can do"),
     ):
-        attach(trainer)
+        attached(0.9)
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
@@ -364,14 +245,24 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ForgettingMonitor([measure, LanguageModelling(sentences())])
     with pytest.raises(ValueError, match="`min_retention` is 0"):
         ForgettingMonitor(measure, min_retention=0)
+    with pytest.raises(TypeError, match=r"expected measures, such as LanguageModelling\(texts\), got 'language'"):
+        ForgettingMonitor(["language"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="expected measures, such as"):
+        ForgettingMonitor("language")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="Call attach"):
         make(tmp_path, ForgettingMonitor(measure)).train()
+    with pytest.raises(RuntimeError, match="Call attach"):
+        ForgettingMonitor(measure).changes(llama())
+    with pytest.raises(RuntimeError, match="Call attach"):
+        ForgettingMonitor(measure).retention()
     with pytest.raises(PreflightError, match="several ForgettingMonitor"):
         attach(make(tmp_path, ForgettingMonitor(measure), callbacks=[ForgettingMonitor(measure)]))
     model = llama()
     model.config._name_or_path = "run/checkpoint-40"
-    with pytest.raises(PreflightError, match="would take the model of `run/checkpoint-40` for the pretrained one"):
+    with pytest.raises(PreflightError, match=r"would take the model of `run/checkpoint-40` for .* give its fold"):
         attach(make(tmp_path, ForgettingMonitor(measure), model=model))
+    model.config._name_or_path = "run/base"
+    attach(make(tmp_path, ForgettingMonitor(measure), model=model))
     trainer = make(tmp_path, ForgettingMonitor(measure))
     trainer.processing_class = None
     with pytest.raises(PreflightError, match="language: the rows are texts and there is no tokenizer"):

@@ -90,6 +90,12 @@ def test_what_was_kept_of_the_base_is_a_table(tmp_path: Path) -> None:
     lost = {**runs.RETENTION, "retention": 0.9}
     recipe["methods"] = {**recipe["methods"], "ForgettingMonitor": lost}
     assert "which the run did not keep." in render(read_facts(runs.write(tmp_path, recipe)))
+    broken = {**lost["measures"]["text"], "after": None, "retention": None}
+    measures = {**lost["measures"], "text": broken}
+    recipe["methods"]["ForgettingMonitor"] = {**lost, "retention": None, "weights_of_step": 6, "measures": measures}
+    card = render(read_facts(runs.write(tmp_path, recipe)))
+    assert "\n`text` was measured and is no number: a weight of this model is NaN or infinite. At least 0.95" in card
+    assert "which the run did not keep." in card
 
 
 def test_a_comparison_needs_no_more_than_the_schema_asks_for(tmp_path: Path) -> None:

@@ -344,6 +344,10 @@ def test_retention_has_to_be_measured_and_enough(full: Run, hub: HubServer) -> N
     refused(full, hub, ValueError, "at least 0.98 the run itself asked for")
     measured(retention=None)
     refused(full, hub, ValueError, "retention was not measured, and at least 0.95 was")
+    text = {**runs.RETENTION["measures"]["text"], "after": None, "retention": None}
+    measures = {**runs.RETENTION["measures"], "text": text}
+    measured(retention=None, weights_of_step=6, measures=measures)
+    refused(full, hub, ValueError, "`text` was measured and is no number, and a retention of at least 0.95 was asked")
     measured()
     assert go(full, min_retention=0.96).commit
 

@@ -404,6 +404,11 @@ def test_retention_needs_one_set_of_pairs_and_all_seeds():
     rows = {row["row"]: row["retention"] for row in make_report(half)["label_counts"][0]["rows"]}
     assert rows["full"] is None
     assert rows["probe"] is not None  # control
+    other = [run | {"hits": run["hits"] and {**run["hits"], "before": [1.0] * 200}} for run in runs]
+    assert make_report(other), "the control: all of them began with the same model"
+    mixed = [theirs if own["row"] == "lora" else own for own, theirs in zip(runs, other, strict=True)]
+    with pytest.raises(ValueError, match="row `lora`: its hits before training are not those of row `probe`"):
+        make_report(mixed)
     runs[-1]["hits"] = {"before": [1.0] * 9, "after": [1.0] * 9}
     with pytest.raises(ValueError, match=r"seed 1: `hits` is not of 200 text pairs, as the first one measured"):
         make_report(runs)

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -16,22 +16,11 @@ from tl_callbacks.forgetting.gate import guard_best, step_at_the_end, too_little
 from tl_callbacks.forgetting.measures import Measure
 from tl_callbacks.forgetting.panel import Panel
 from tl_callbacks.forgetting.readings import Change
+from tl_callbacks.forgetting.records import Measured, logs, number, retention_key, row, smallest
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.sharding import sharding, zero_stage
 
 _EVENT = "forgetting"
-_METRIC = "eval_retention"
-
-
-class _Measured(NamedTuple):
-    step: int
-    weights_of: int  # the step that the weights are of, where the best ones were loaded at the end
-    changes: dict[str, Change]
-
-    @property
-    def retention(self) -> float:
-        """The smallest of all."""
-        return _smallest(self.changes)
 
 
 class ForgettingMonitor(TransferCallback):
@@ -40,12 +29,13 @@ class ForgettingMonitor(TransferCallback):
     Logged by measure: `tl/forgetting/<measure>`, how much worse it is than in the pretrained model, in its own unit
     (points of a share, nats a token; below 0 where it got better), and `tl/forgetting/<measure>_se`, the standard error
     of that, paired by row; `tl/retention/<measure>`, what share is left (1: all). The smallest is `tl/retention`, and
-    `eval_retention` among the metrics of the evaluation, for `metric_for_best_model` and early stopping.
+    `eval_retention` among the metrics that the evaluation returns, for `metric_for_best_model` and early stopping. A
+    measure that has become NaN makes it NaN.
 
     The baseline is the model that `attach` finds, with adapters off, before a resumed run loads its checkpoint. Its
-    numbers and the fingerprint of its weights are recorded in `log_history`; a resumed run compares with the recorded
-    ones and warns where its own differ. The measures read their rows in passes of their own, in eval mode, and change
-    no random state.
+    numbers, the fingerprint of its weights and a digest of the rows are recorded in `log_history`; a resumed run
+    compares with the recorded ones, refuses other rows, and warns where its own numbers differ. The measures read their
+    rows in passes of their own, in eval mode, and change no random state.
 
     With `min_retention`, no checkpoint below it becomes `best_model_checkpoint`: `load_best_model_at_end` loads the
     best one that satisfies it, and `save_strategy="best"` saves no other. Where none does, the training ends with a
@@ -53,11 +43,15 @@ class ForgettingMonitor(TransferCallback):
 
     Args:
         measures: `LanguageModelling`, `SourceTask`, `Retrieval`, one or several.
-        min_retention: smallest share that every measure may have kept, above 0; None: none is asked for.
+        min_retention: smallest share that every measure may have kept, above 0, of a score above 0; None: none is
+            asked for.
         groups: the layer groups; None: `group_layers(model)`.
 
     Raises:
-        ValueError: there is no measure, two have one name, or `min_retention` is not above 0.
+        TypeError: what is given is no measure.
+        ValueError: there is no measure, two have one name, or `min_retention` is not above 0; when attached: a value is
+            no number in the pretrained model, or with `min_retention` a score is 0 there; when resumed: the run began
+            with other rows.
 
     Example:
         >>> from tl_callbacks import LanguageModelling
@@ -78,16 +72,18 @@ class ForgettingMonitor(TransferCallback):
         groups: LayerGroups | None = None,
     ) -> None:
         held = (measures,) if isinstance(measures, Measure) else tuple(measures)
-        names = [name for measure in held for name in measure.definitions]
+        if others := [measure for measure in held if not isinstance(measure, Measure)]:
+            raise TypeError(f"expected measures, such as LanguageModelling(texts), got {others[0]!r:.60}.")
         if not held:
             raise ValueError("there is nothing to measure. Give LanguageModelling, SourceTask or Retrieval.")
+        names = [name for measure in held for name in measure.definitions]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two measures are called `{twice[0]}`; give one another `name=`.")
         if min_retention is not None and not min_retention > 0:
             raise ValueError(f"`min_retention` is {min_retention}; expected a share above 0, such as 0.95, or None.")
         self.min_retention = min_retention
         self._panel = Panel(held, groups)
-        self._now: _Measured | None = None
+        self._now: Measured | None = None
         self._recorded: dict[str, float] = {}
 
     def __repr__(self) -> str:
@@ -103,13 +99,14 @@ class ForgettingMonitor(TransferCallback):
         if path := loaded_checkpoint(trainer.model):
             found.append(
                 f"ForgettingMonitor would take the model of `{path}` for the pretrained one. Load the pretrained model "
-                "and pass resume_from_checkpoint to train()."
+                "and pass resume_from_checkpoint to train(). If it is the pretrained one, give its folder a name "
+                "that no Trainer gives its checkpoints."
             )
         if sharding(trainer) == "fsdp1" or zero_stage(trainer) == 3:
             found.append("ForgettingMonitor reads no model that FSDP 1 or ZeRO-3 has cut. Train with DDP or FSDP 2.")
         before = [type(other).__name__ for other in others[: others.index(self)] if _stops_early(other)]
-        if before and trainer.args.metric_for_best_model in ("retention", _METRIC):
-            found.append(f"{before[0]} looks for `{_METRIC}` before ForgettingMonitor has measured it. Pass it behind.")
+        if before and trainer.args.metric_for_best_model in ("retention", "eval_retention"):
+            found.append(f"{before[0]} looks for `eval_retention` before ForgettingMonitor has it. Pass it behind.")
         return found + [text for measure in self._panel.measures for text in measure.findings(trainer)]
 
     def cautions(self, trainer: Trainer) -> list[str]:
@@ -119,6 +116,12 @@ class ForgettingMonitor(TransferCallback):
             found.append(
                 f"min_retention={self.min_retention} chooses among checkpoints, and the Trainer looks for no best one: "
                 "set load_best_model_at_end=True, or metric_for_best_model. It is judged at the end alone."
+            )
+        if self.min_retention is not None and any(map(_stops_early, trainer.callback_handler.callbacks)):
+            found.append(
+                "EarlyStoppingCallback compares with the best checkpoint, which none below min_retention can be, and "
+                "counts no evaluation while there is none: it may stop late or never. Let max_steps or "
+                "num_train_epochs bound the training."
             )
         if trainer.model is not None and changes_base(trainer.model):
             found.append(
@@ -145,8 +148,7 @@ class ForgettingMonitor(TransferCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Record the baseline, or go on with the one that a resumed run recorded."""
-        if self.trainer is None:
-            raise RuntimeError("ForgettingMonitor needs the trainer. Call attach(trainer) before trainer.train().")
+        self._attached()
         self._now = None
         if began := events.read(state.log_history, _EVENT):
             self._resume(began[0])
@@ -159,22 +161,22 @@ class ForgettingMonitor(TransferCallback):
         if self.trainer is None:
             return
         if not self.trainer.is_in_train:  # asked for by hand: true of the weights as they are, and of no step
-            measured = _Measured(state.global_step, state.global_step, self.changes(kwargs["model"]))
+            kept = self._smallest(self.changes(kwargs["model"]))
         elif self._now is None or self._now.step != state.global_step:
-            measured = self._measure(kwargs["model"], state, weights_of=state.global_step)
+            kept = self._measure(kwargs["model"], state, weights_of=state.global_step).retention
         else:
-            measured = self._now
-        kwargs["metrics"][_METRIC] = measured.retention
+            kept = self._now.retention
+        kwargs["metrics"][retention_key(kwargs["metrics"])] = kept
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the weights that the training ends with, and say if they kept too little."""
         measured = self._measure(kwargs["model"], state, weights_of=step_at_the_end(args, state))
-        facts = {"weights_of": measured.weights_of, "values": _flat(measured)}
+        facts = {"weights_of": measured.weights_of, "values": logs(measured)}
         events.emit(state.log_history, f"{_EVENT}_end", step=state.global_step, **facts)
         if self.min_retention is not None and not self.satisfied() and state.is_world_process_zero:
-            warnings.warn(too_little(measured.retention, self.min_retention, state), UserWarning, stacklevel=2)
+            warnings.warn(too_little(measured.retention, self.min_retention, args, state), UserWarning, stacklevel=2)
 
     def changes(self, model: nn.Module) -> dict[str, Change]:
         """Return what became of each value in a model as it is now, by name. Call it on all ranks, once attached.
@@ -183,14 +185,22 @@ class ForgettingMonitor(TransferCallback):
 
         Args:
             model: the model that was attached, with whatever weights it has.
+
+        Raises:
+            RuntimeError: nothing is attached yet.
         """
+        self._attached()
         return self._panel.changes(model, self._recorded)
 
     def retention(self) -> float:
-        """Return the smallest retention of the model as it is now. Call it on all ranks, once attached."""
-        assert self.trainer is not None
-        assert self.trainer.model is not None
-        return _smallest(self.changes(self.trainer.model))
+        """Return the smallest retention of the model as it is now. Call it on all ranks, once attached.
+
+        Raises:
+            RuntimeError: nothing is attached yet.
+        """
+        model = self._attached().model
+        assert model is not None
+        return self._smallest(self.changes(model))
 
     def satisfied(self) -> bool:
         """Return whether what was measured last has kept `min_retention`; true where none is asked for."""
@@ -203,11 +213,11 @@ class ForgettingMonitor(TransferCallback):
         now = self._now
         return {
             "min_retention": self.min_retention,
-            "retention": _number(now.retention) if now is not None else None,
+            "retention": number(now.retention) if now is not None else None,
             "satisfied": self.satisfied() if now is not None else None,
             "weights_of_step": now.weights_of if now is not None else None,
             "measures": {
-                name: _row(text, self._recorded.get(name), now.changes.get(name) if now is not None else None)
+                name: row(text, self._recorded.get(name), now.changes.get(name) if now is not None else None)
                 for measure in self._panel.measures
                 for name, text in measure.definitions.items()
             },
@@ -219,40 +229,58 @@ class ForgettingMonitor(TransferCallback):
     def _take(self, trainer: Trainer, model: nn.Module) -> None:
         self._panel.take(trainer, model)
         self._recorded = dict(self._panel.values)
-        if self.min_retention is not None and not any(map(math.isfinite, self._panel.retentions)):
+        if self.min_retention is not None and (lacking := sorted(self._recorded.keys() - self._panel.retained)):
             raise ValueError(
-                f"min_retention={self.min_retention} is a share of what the pretrained model scores, and that is 0 or "
-                f"nothing: {self._recorded}. Give rows that it can do."
+                f"min_retention={self.min_retention} is a share of what the pretrained model scores in every measure, "
+                f"and `{lacking[0]}` is {self._recorded[lacking[0]]:g} there. Give rows that it can do, or its old "
+                "head as `head=`, or leave that measure out."
             )
 
+    def _smallest(self, changes: Mapping[str, Change]) -> float:
+        return smallest(changes, self._panel.retained)
+
+    def _attached(self) -> Trainer:
+        if self.trainer is None:
+            raise RuntimeError("ForgettingMonitor needs the trainer. Call attach(trainer) before trainer.train().")
+        return self.trainer
+
     def _baseline(self) -> dict[str, Any]:
-        return {"start": self._panel.start, "baseline": self._recorded}
+        return {"start": self._panel.start, "rows": self._panel.rows, "baseline": self._recorded}
 
     def _resume(self, began: Mapping[str, Any]) -> None:
-        """Go on with the recorded baseline; warn if the model that this run was made with is another one."""
+        """Go on with the recorded baseline; refuse other rows, and warn where the model's numbers are others."""
+        if others := [name for name, rows in self._panel.rows.items() if began.get("rows", {}).get(name, rows) != rows]:
+            raise ValueError(
+                f"ForgettingMonitor: the rows of `{others[0]}` are not those that the run began with, which its "
+                "recorded numbers are of. Resume with the same rows, tokenizer and settings, or give the measure "
+                "another `name=`."
+            )
         own = self._panel.values
         self._recorded = {name: began["baseline"].get(name, value) for name, value in own.items()}
         apart = [name for name, value in own.items() if not _close(value, self._recorded[name])]
-        if began["start"] != self._panel.start or apart:
-            named = (
-                f"`{apart[0]}` is {own[apart[0]]:.6g} here and {self._recorded[apart[0]]:.6g} there"
-                if apart
-                else ("their fingerprints differ")
-            )
+        same = began["start"] == self._panel.start
+        if apart or not same:
+            what = f"`{apart[0]}` is {own[apart[0]]:.6g} here and {self._recorded[apart[0]]:.6g} there" if apart else ""
+            if not same:
+                why = "their fingerprints differ"
+            else:
+                why = "" if self._panel.start is None else "below the head their weights are the same"
             warnings.warn(
-                "ForgettingMonitor: the model that this run was made with is not the one that it began with: "
-                f"{named}. What is forgotten is still measured against the recorded numbers, but KL and standard "
-                "errors against this one. Make the model as it was made at first.",
+                "ForgettingMonitor: the model that this run was made with, or a setting of a measure, is not the one "
+                f"that it began with: {', '.join(filter(None, (what, why)))}. What is forgotten is still measured "
+                "against the recorded numbers, but KL and standard errors against this one. Make the model as it was "
+                "made at first.",
                 UserWarning,
                 stacklevel=4,
             )
 
-    def _measure(self, model: nn.Module, state: TrainerState, *, weights_of: int) -> _Measured:
+    def _measure(self, model: nn.Module, state: TrainerState, *, weights_of: int) -> Measured:
         """Return what became of each value, logged once a step and for the weights of that step alone."""
         logged = self._now is not None and self._now.step == state.global_step
-        self._now = _Measured(state.global_step, weights_of, self.changes(model))
+        changes = self.changes(model)
+        self._now = Measured(state.global_step, weights_of, changes, self._smallest(changes))
         if weights_of == state.global_step and not logged:
-            self.log(_flat(self._now), state)
+            self.log(logs(self._now), state)
         return self._now
 
     def _summary(self) -> str:
@@ -263,35 +291,8 @@ class ForgettingMonitor(TransferCallback):
         return f"{self!r} compares with the pretrained model: {', '.join(values)}"
 
 
-def _smallest(changes: Mapping[str, Change]) -> float:
-    return min((c.retention for c in changes.values() if math.isfinite(c.retention)), default=math.nan)
-
-
-def _flat(measured: _Measured) -> dict[str, float]:
-    found = {}
-    for name, change in measured.changes.items():
-        parts = {f"forgetting/{name}": change.forgetting, f"forgetting/{name}_se": change.error}
-        parts[f"retention/{name}"] = change.retention
-        found.update({f"tl/{key}": value for key, value in parts.items() if math.isfinite(value)})
-    return {**found, "tl/retention": measured.retention} if math.isfinite(measured.retention) else found
-
-
 def _stops_early(callback: Any) -> bool:
     return isinstance(callback, EarlyStoppingCallback)
-
-
-def _row(text: str, before: float | None, change: Change | None) -> dict[str, Any]:
-    """Return a value's facts; null where it was not measured, and of a divergence the pretrained model's 0."""
-    row: dict[str, Any] = {"measures": text, "before": before, "after": None, "retention": None}
-    if change is None:
-        return row
-    row |= {"before": 0.0 if before is None else before, "after": _number(change.value)}
-    row |= {"retention": _number(change.retention), "forgetting": _number(change.forgetting)}
-    return {**row, "standard_error": _number(change.error)}
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _close(one: float, other: float) -> bool:

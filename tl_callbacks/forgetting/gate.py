@@ -1,6 +1,7 @@
 """Which checkpoints may be the best: those that have kept enough."""
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -45,22 +46,35 @@ def step_at_the_end(args: TrainingArguments, state: TrainerState) -> int:
     return int(match[1]) if match else state.global_step
 
 
-def too_little(retention: float, least: float, state: TrainerState) -> str:
+def too_little(retention: float, least: float, args: TrainingArguments, state: TrainerState) -> str:
     """Return what to say of a training that ends with less than was asked for, and what to do.
 
     Args:
         retention: of the weights that it ends with.
         least: what was asked for.
+        args: the Trainer's.
         state: at the end.
 
     Example:
-        >>> too_little(0.9, 0.95, TrainerState(best_metric=0.5, best_global_step=4)).partition(". ")[2]
-        'The weights of step 4 kept it. Load them, or set load_best_model_at_end=True.'
+        >>> import tempfile
+        >>> args = TrainingArguments(tempfile.mkdtemp(), use_cpu=True, report_to="none")
+        >>> too_little(0.9, 0.95, args, TrainerState(best_model_checkpoint="run/checkpoint-4")).partition(". ")[2]
+        'The weights in `run/checkpoint-4` kept it. Load them, or set load_best_model_at_end=True.'
     """
-    text = f"ForgettingMonitor: the training ends with a retention of {retention:.4f}, below min_retention={least}."
+    how = "that is no number" if math.isnan(retention) else f"of {retention:.4f}, below min_retention={least}"
+    text = f"ForgettingMonitor: the training ends with a retention {how}."
+    if path := state.best_model_checkpoint:
+        if not args.load_best_model_at_end:
+            return f"{text} The weights in `{path}` kept it. Load them, or set load_best_model_at_end=True."
+        return (
+            f"{text} `{path}`, which was loaded, kept it when it was evaluated. A callback has changed the weights "
+            "since, or the run began with a lower min_retention."
+        )
     if state.best_global_step:
-        step = state.best_global_step
-        return f"{text} The weights of step {step} kept it. Load them, or set load_best_model_at_end=True."
+        return (
+            f"{text} The weights of step {state.best_global_step} kept it and were not saved. Save at each evaluation "
+            "(save_steps equal to eval_steps)."
+        )
     return (
         f"{text} No checkpoint that was evaluated kept it and could be the best. Anchor the weights, lower the rate, "
         "or train fewer of them."

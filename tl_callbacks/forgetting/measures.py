@@ -1,13 +1,21 @@
 """What every measure of forgetting has: a name, rows, and a way to read them in a model."""
 
+import hashlib
+import json
+from collections.abc import Mapping
 from typing import Any
 
+import numpy
+import torch
 from torch import nn
 from transformers import Trainer
 
+from tl_callbacks.fingerprints import tensor_hash
 from tl_callbacks.forgetting.readings import Reading
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.probing.passes import Part
+from tl_callbacks.probing.rows import Source
+from tl_callbacks.reading.quiet import random_states_kept
 
 
 class Measure:
@@ -27,6 +35,11 @@ class Measure:
         >>> Measure("language", max_rows=10, seed=0).name
         'language'
     """
+
+    kept: Any = None
+    """What `read` of the pretrained model keeps for later, beside what it returns."""
+
+    _source: Source | None = None
 
     def __init__(self, name: str, *, max_rows: int, seed: int) -> None:
         if not name or "/" in name:
@@ -51,6 +64,19 @@ class Measure:
     def rows(self) -> int:
         """How many rows it reads, once prepared."""
         raise NotImplementedError
+
+    def digest(self) -> str:
+        """Return 16 hexadecimal digits that change with the rows that are read, once prepared.
+
+        Of values that are neither text nor numbers the type alone counts.
+        """
+        assert self._source is not None
+        found = hashlib.sha256()
+        with random_states_kept(torch.device("cpu"), self.seed):
+            for place in self._source.places.tolist():
+                row = json.dumps(self._source.dataset[place], default=_in_short, skipkeys=True)
+                found.update(f"{row}\n".encode())
+        return found.hexdigest()[:16]
 
     def findings(self, trainer: Trainer) -> list[str]:
         """Return what would go wrong with this trainer, one text a finding; empty if nothing."""
@@ -85,5 +111,11 @@ class Measure:
         """Return what the rows of all ranks say, by name."""
         raise NotImplementedError
 
-    kept: Any = None
-    """What `read` of the pretrained model keeps for later, beside what it returns."""
+
+def _in_short(value: Any) -> Any:
+    """Return what JSON can hold of a value that it cannot hold."""
+    if isinstance(value, numpy.ndarray | numpy.generic):
+        return value.tolist() if value.dtype.kind in "OSU" else hashlib.sha256(value.tobytes()).hexdigest()
+    if isinstance(value, torch.Tensor):
+        return tensor_hash(value)
+    return dict(value) if isinstance(value, Mapping) else type(value).__name__

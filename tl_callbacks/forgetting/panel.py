@@ -38,6 +38,8 @@ class Panel:
         self.groups = groups
         self.start: str | None = None
         """Fingerprint of the pretrained weights outside the head; None where there is none to take."""
+        self.rows: dict[str, str] = {}
+        """Digest of each measure's rows."""
         self.seconds = {"baseline": 0.0, "evaluations": 0.0}
         self._base: dict[str, Reading] = {}
         self._held: LayerGroups | None = None
@@ -50,9 +52,9 @@ class Panel:
         return {name: reading.value for name, reading in self._base.items() if reading.kind != "divergence"}
 
     @property
-    def retentions(self) -> list[float]:
-        """Those of the pretrained model itself: 1, or nan where there is none."""
-        return [compare(reading, reading).retention for reading in self._base.values()]
+    def retained(self) -> list[str]:
+        """The names of the values that have a retention: no divergences, and no scores that began at 0."""
+        return [name for name, base in self._base.items() if math.isfinite(compare(base, base).retention)]
 
     @property
     def errors(self) -> dict[str, float]:
@@ -79,6 +81,7 @@ class Panel:
                 "a weight is no number. Expected rows with labels or with two tokens and more."
             )
         self.start = self._shared(self._fingerprint(model) if self._rank == 0 else None)
+        self.rows = self._shared({m.name: m.digest() for m in self.measures} if self._rank == 0 else None)
         self._model = weakref.ref(model)
         self.seconds["baseline"] += time.perf_counter() - begun
         self._warn_of_chance()
@@ -106,10 +109,8 @@ class Panel:
                 part = measure.read(model, self._groups, base=base, rank=self._rank, ranks=self._ranks)
                 part = part.gathered(device, self._ranks)
             else:  # the first rank's weights count, as DDP and FSDP2 will give them to all
-                own = (
-                    measure.read(model, self._groups, base=base, rank=0, ranks=1).sorted() if self._rank == 0 else None
-                )
-                part, measure.kept = first_ranks((own and own.sorted(), measure.kept))
+                own = measure.read(model, self._groups, base=base, rank=0, ranks=1) if self._rank == 0 else None
+                part, measure.kept = first_ranks((None if own is None else own.sorted(), measure.kept))
             found.update(measure.score(part))
         return found
 

@@ -1,6 +1,8 @@
 """Which parameters are frozen: the only place that writes `requires_grad`, and the memory of what it wrote."""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -46,6 +48,28 @@ def set_frozen(model: nn.Module, names: frozenset[str]) -> None:
         _frozen_by_us[model] = after
     else:
         _frozen_by_us.pop(model, None)
+
+
+@contextmanager
+def requires_grad_kept(model: nn.Module) -> Iterator[None]:
+    """Leave each parameter trainable or frozen as it was, whatever another package writes inside.
+
+    Args:
+        model: the model.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> with requires_grad_kept(model):
+        ...     _ = model.requires_grad_(False)
+        >>> model.bias.requires_grad
+        True
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
 
 
 def openable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,8 +2,8 @@
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from tl_callbacks.dtensors import whole
 from tl_callbacks.fingerprints import base_model, tensor_hash
+from tl_callbacks.frozen.state import requires_grad_kept
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.parameters import is_peft, parameters_by_name
 from tl_callbacks.reading.quiet import random_states_kept
@@ -96,9 +97,15 @@ def first_ranks(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
-def without_adapters(model: nn.Module) -> Any:
-    """Return a context in which a PEFT model computes what its base computes."""
-    return model.disable_adapter() if is_peft(model) else nullcontext()  # type: ignore[operator]
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Let a PEFT model compute what its base computes; what trains is what trained before."""
+    if not is_peft(model):
+        yield
+        return
+    # PEFT opens every adapter that it switches on again, those too that were frozen or waited for their turn.
+    with requires_grad_kept(model), model.disable_adapter():  # type: ignore[operator]
+        yield
 
 
 def compact(features: dict[str, Tensor]) -> dict[str, Tensor]:
