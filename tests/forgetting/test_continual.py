@@ -1,5 +1,6 @@
 """The measures of a sequence of tasks, by the names of those who defined them."""
 
+import json
 import math
 import random
 
@@ -19,6 +20,17 @@ def test_four_definitions_four_values_two_signs_on_one_matrix() -> None:
         assert matrix.backward_transfer() == pytest.approx(0.075)
         assert matrix.average_accuracy() == pytest.approx((0.8 + 0.9 + 0.95) / 3)
         assert matrix.learning_accuracy() == pytest.approx((0.7 + 0.85 + 0.95) / 3)
+
+
+def test_the_facts_are_the_measures_and_null_where_a_value_is_missing() -> None:
+    matrix = TaskMatrix([[0.7, NAN, NAN], [0.9, 0.85, NAN], [0.8, 0.9, 0.95]])
+    facts = json.loads(json.dumps(matrix.facts(), allow_nan=False))
+    assert facts["values"] == [[0.7, None, None], [0.9, 0.85, None], [0.8, 0.9, 0.95]]
+    assert facts["forgetting"] == {name: matrix.forgetting(name) for name in facts["forgetting"]}  # type: ignore[arg-type]
+    assert (facts["backward_transfer"], facts["forward_transfer"]) == (matrix.backward_transfer(), None)
+    assert TaskMatrix([[0.7]]).facts()["forgetting"] == dict.fromkeys(facts["forgetting"])
+    full = TaskMatrix([[0.9, 0.4], [0.8, 0.9]], baselines=[0.1, 0.3])
+    assert full.facts()["forward_transfer"] == full.forward_transfer()
 
 
 def test_forward_transfer_reads_what_stands_above_the_diagonal() -> None:

@@ -1,9 +1,11 @@
 """The rule: what a sequence of tasks made of each other, from the matrix of all tasks after all stages. No torch."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 Definition = Literal["lopez-paz", "chaudhry", "mammoth", "avalanche"]
 
@@ -130,6 +132,27 @@ class TaskMatrix:
             found.append(max(self._at(stage, task) for stage in range(task, end)) - self._at(last, task))
         return _mean(found)
 
+    def facts(self) -> dict[str, Any]:
+        """Return the matrix and all measures of it that its values allow, for `recipe.json`.
+
+        Example:
+            >>> facts = TaskMatrix([[0.7], [0.9, 0.85]]).facts()
+            >>> facts["values"], round(facts["backward_transfer"], 4), facts["forward_transfer"]
+            ([[0.7], [0.9, 0.85]], 0.2, None)
+        """
+        measures: dict[str, Callable[[], float]] = {
+            "average_accuracy": self.average_accuracy,
+            "learning_accuracy": self.learning_accuracy,
+            "backward_transfer": self.backward_transfer,
+            "forward_transfer": self.forward_transfer,
+        }
+        return {
+            "values": [[value if math.isfinite(value) else None for value in row] for row in self.values],
+            "baselines": self.baselines and list(self.baselines),
+            **{name: _or_none(measure) for name, measure in measures.items()},
+            "forgetting": {name: _or_none(partial(self.forgetting, name)) for name in get_args(Definition)},
+        }
+
     def _last(self, what: str) -> int:
         if len(self.values) < 2:
             raise ValueError(f"{what} is of one task on another; expected two stages or more, got 1.")
@@ -148,3 +171,10 @@ class TaskMatrix:
 
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
+
+
+def _or_none(measure: Callable[[], float]) -> float | None:
+    """Return a measure, or None where a value that it needs is missing."""
+    with contextlib.suppress(ValueError):
+        return measure()
+    return None
