@@ -10,18 +10,22 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LinearLR, OneCycleLR, SequentialLR
 from transformers import Trainer, TrainerCallback
+from transformers.optimization import Adafactor, AdafactorSchedule
 
 from tests import tiny
 from tl_callbacks import (
     GradualUnfreezing,
     NoEffectWarning,
     WeightAnchoring,
+    WeightInterpolation,
     at_steps,
     attach,
     group_layers,
     layerwise_optimizer,
 )
+from tl_callbacks.anchoring import Decoupled
 
 STRENGTH = 0.5
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -151,6 +155,96 @@ def test_the_decoupled_pull_is_the_formula(optim: str, tmp_path: Path) -> None:
     assert distances(start, tiny.state(ours)) > 1e-2
 
 
+def one_cycle(model: nn.Module) -> Any:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return optimizer, OneCycleLR(optimizer, max_lr=1e-2, total_steps=13)
+
+
+def warm_up_from_nearly_nothing(model: nn.Module) -> Any:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    parts = [LinearLR(optimizer, 1e-9, total_iters=4), CosineAnnealingLR(optimizer, 8)]
+    return optimizer, SequentialLR(optimizer, parts, [4])
+
+
+def cyclic(model: nn.Module) -> Any:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    return optimizer, CyclicLR(optimizer, 1e-3, 1e-2, step_size_up=4)
+
+
+def without_a_scheduler(model: nn.Module) -> Any:
+    return torch.optim.AdamW([{"params": list(model.parameters()), "lr": 5e-2}], lr=1e-3), None
+
+
+def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What each pull removes, filled while a training runs."""
+    found: list[float] = []
+    share = Decoupled._share
+
+    def watched(self: Decoupled, strength: float, group: dict[str, Any]) -> float:
+        found.append(share(self, strength, group))
+        return found[-1]
+
+    monkeypatch.setattr(Decoupled, "_share", watched)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("make", "least", "most"),
+    [
+        (one_cycle, 0.05 * 0.02, 0.05),
+        (warm_up_from_nearly_nothing, 0.0, 0.05),
+        (cyclic, 0.05, 0.05),  # its peak is not known; no overshoot
+        (without_a_scheduler, 0.05, 0.05),
+    ],
+)
+def test_the_share_at_the_peak_rate_is_the_strength(
+    make: Any, least: float, most: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, model = shares(monkeypatch), tiny.bert()
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 4}
+    args = tiny.arguments(tmp_path, **(plateau if make is without_a_scheduler else {}))
+    trainer = tiny.trainer(model, args, optimizers=make(model), callbacks=[WeightAnchoring(0.05)])
+    attach(trainer)
+    trainer.train()
+    assert max(found) == pytest.approx(most, rel=1e-3)
+    assert max(found) <= 0.05
+    assert min(found) == pytest.approx(least, rel=0.9, abs=1e-9)
+
+
+def test_a_resumed_run_knows_the_peak_of_a_rate_that_has_fallen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(checkpoint: str | None) -> tuple[list[float], list[float]]:
+        found, model = shares(monkeypatch), tiny.bert()
+        args = tiny.arguments(
+            tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=2,
+            lr_scheduler_kwargs={"factor": 0.5, "patience": 0, "threshold": 10.0}, save_strategy="steps", save_steps=6,
+        )  # fmt: skip
+        rates = torch.optim.AdamW(model.parameters(), lr=1e-2), None
+        trainer = tiny.trainer(model, args, optimizers=rates, callbacks=[WeightAnchoring(0.05)])
+        attach(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        monkeypatch.undo()
+        return found, [float(group["lr"]) for group in trainer.optimizer.param_groups]
+
+    whole, rates = run(None)
+    resumed, again = run(str(tmp_path / "checkpoint-6"))
+    assert rates == again
+    assert rates[0] < 5e-3, "the control: the rate falls"
+    assert resumed == whole[len(whole) // 2 :]
+    assert resumed[0] < 0.05
+
+
+def test_an_optimizer_without_a_rate_is_refused(tmp_path: Path) -> None:
+    model = tiny.bert()
+    optimizer = Adafactor(model.parameters(), scale_parameter=True, relative_step=True, warmup_init=True, lr=None)
+    optimizers = (optimizer, AdafactorSchedule(optimizer))
+    trainer = tiny.trainer(model, tiny.arguments(tmp_path), optimizers=optimizers, callbacks=[WeightAnchoring(0.1)])
+    attach(trainer)
+    with pytest.raises(ValueError, match=r"Adafactor has no rate \(lr=None"):
+        trainer.train()
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_distance_falls_strictly_as_strength_grows(seed: int, tmp_path: Path) -> None:
     found = []
@@ -190,6 +284,75 @@ def test_distances_are_logged_once_an_evaluation_and_at_the_end(tmp_path: Path) 
     assert "tl/anchor/head" not in logged[-1]
 
 
+def test_the_last_distances_are_of_the_weights_that_training_leaves(tmp_path: Path) -> None:
+    def last(trainer: Trainer) -> dict[str, Any]:
+        return [entry for entry in trainer.state.log_history if "tl/anchor/embeddings" in entry][-1]
+
+    model, anchor = tiny.bert(), WeightAnchoring(0.001)
+    found = iter([0.0, 1.0])
+    back = WeightInterpolation([0.0], retention=lambda: next(found), min_retention=0.9, exclude=())
+    args = tiny.arguments(tmp_path, eval_strategy="steps", eval_steps=4)
+    trainer = tiny.trainer(model, args, callbacks=[back, anchor])
+    attach(trainer)
+    trainer.train()
+    assert last(trainer)["tl/anchor/embeddings"] == anchor.distances(model)["embeddings"] == 0
+    assert [e["tl/anchor/embeddings"] > 0 for e in trainer.state.log_history if "tl/anchor/embeddings" in e] == [
+        True, True, True, False,
+    ]  # fmt: skip
+
+    model, anchor = tiny.bert(), WeightAnchoring(0.001)
+    args = tiny.arguments(
+        tmp_path / "best", eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4,
+        load_best_model_at_end=True, learning_rate=0.1,
+    )  # fmt: skip
+    trainer = tiny.trainer(model, args, callbacks=[anchor])
+    attach(trainer)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint
+    assert not trainer.state.best_model_checkpoint.endswith("-12"), "the control: the last weights are not the best"
+    assert last(trainer)["tl/anchor/embeddings"] == anchor.distances(model)["embeddings"]
+
+
+def test_many_evaluation_sets_log_one_step_once(tmp_path: Path) -> None:
+    trainer = tiny.trainer(
+        tiny.bert(), tiny.arguments(tmp_path, eval_strategy="steps", eval_steps=12), callbacks=[WeightAnchoring(0.1)]
+    )
+    trainer.eval_dataset = {str(number): tiny.texts(4) for number in range(12)}
+    attach(trainer)
+    trainer.train()
+    assert sum("tl/anchor/embeddings" in entry for entry in trainer.state.log_history) == 1
+
+
+def test_the_model_of_model_init_needs_attach(tmp_path: Path) -> None:
+    def make() -> Trainer:
+        seeds = itertools.count()
+        return Trainer(
+            model_init=lambda: tiny.bert(seed=next(seeds)), args=tiny.arguments(tmp_path), train_dataset=tiny.texts(),
+            callbacks=[WeightAnchoring(0.1)],
+        )  # fmt: skip
+
+    with pytest.raises(RuntimeError, match=r"reference of another model .* Call attach\(trainer\)"):
+        make().train()
+    trainer = make()
+    attach(trainer)
+    trainer.train()
+
+
+def test_a_resumed_model_of_model_init_has_the_reference_of_the_first_run(tmp_path: Path) -> None:
+    for checkpoint in (None, str(tmp_path / "checkpoint-6")):
+        anchor = WeightAnchoring(0.1)
+        trainer = Trainer(
+            model_init=lambda: tiny.bert(seed=3), train_dataset=tiny.texts(), callbacks=[anchor],
+            args=tiny.arguments(tmp_path, save_strategy="steps", save_steps=6),
+        )  # fmt: skip
+        attach(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert anchor._taken is not None
+        start = tiny.state(tiny.bert(seed=3))
+        weights = anchor._taken.tensors
+        assert not tiny.moved({name: start[name] for name in weights}, dict(weights))
+
+
 @pytest.mark.parametrize("form", ["decoupled", "penalty", "mixout"])
 def test_no_hook_stays_behind(form: Any, tmp_path: Path) -> None:
     model = tiny.bert()
@@ -227,17 +390,20 @@ def test_with_unfreezing_frozen_groups_stay_and_late_ones_are_anchored(form: Any
 
 
 def test_peft_adapters_are_pulled_to_their_start(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = get_peft_model(tiny.bert(), LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
-    anchor = WeightAnchoring(0.5)
-    start = tiny.state(model)
-    trainer = tiny.trainer(model, tiny.arguments(tmp_path), callbacks=[anchor])
-    attach(trainer)
-    trainer.train()
-    assert set(anchor.distances(model)) == {"encoder.layer.0", "encoder.layer.1", "encoder.layer.2"}
-    base = [name for name in start if "lora_" not in name and "modules_to_save" not in name]
-    assert not tiny.moved(start, tiny.state(model), base)
-    assert 0 < max(anchor.distances(model).values()) < 0.5
+    def run(strength: float) -> float:
+        torch.manual_seed(0)
+        model = get_peft_model(tiny.bert(), LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
+        anchor = WeightAnchoring(strength)
+        start = tiny.state(model)
+        trainer = tiny.trainer(model, tiny.arguments(tmp_path), callbacks=[anchor])
+        attach(trainer)
+        trainer.train()
+        assert set(anchor.distances(model)) == {"encoder.layer.0", "encoder.layer.1", "encoder.layer.2"}
+        base = [name for name in start if "lora_" not in name and "modules_to_save" not in name]
+        assert not tiny.moved(start, tiny.state(model), base)
+        return max(anchor.distances(model).values())
+
+    assert 0 < run(0.5) < 0.5 * run(1e-6)
 
 
 def test_an_idle_parameter_is_penalised_too(tmp_path: Path) -> None:
@@ -300,6 +466,8 @@ def test_strength_0_says_that_it_does_nothing(form: Any, tmp_path: Path) -> None
         (lambda: WeightAnchoring(-0.1), "`strength` is -0.1"),
         (lambda: WeightAnchoring({"a": 0.1, "b": 2.0}), "`strength` is 2.0"),
         (lambda: WeightAnchoring(-1.0, form="penalty"), r"expected a number in \[0, infinity\)"),
+        (lambda: WeightAnchoring("0.1"), r"`strength` is '0.1'; expected a number in"),  # type: ignore[arg-type]
+        (lambda: WeightAnchoring({"a": None}, form="penalty"), "`strength` is None; expected a number"),  # type: ignore[dict-item]
         (lambda: WeightAnchoring(0.1, form="l2"), "`form` is 'l2'"),  # type: ignore[arg-type]
     ],
 )
@@ -366,6 +534,23 @@ def test_a_strength_that_names_the_head_anchors_it(tmp_path: Path) -> None:
     anchor = WeightAnchoring({"embeddings": 0.1, "head": 0.1})
     tiny.trainer(model, tiny.arguments(tmp_path), callbacks=[anchor])
     assert set(anchor.distances(model)) == {"embeddings", "head"}
+
+
+def test_a_strength_for_what_is_excluded_is_refused(tmp_path: Path) -> None:
+    def make(strength: dict[str, float], exclude: tuple[str, ...] | None) -> None:
+        tiny.trainer(tiny.bert(), tiny.arguments(tmp_path), callbacks=[WeightAnchoring(strength, exclude=exclude)])
+
+    with pytest.raises(ValueError, match=r"0\.1 for `embeddings`, and `exclude` leaves out all groups that it names"):
+        make({"**": 0.2, "embeddings": 0.1}, ("embeddings",))
+    with pytest.raises(ValueError, match=r"for `he\*`, .* The head is left out unless"):
+        make({"he*": 0.1}, None)
+    make({"**": 0.2, "embeddings": 0.0}, ("embeddings",))
+    make({"encoder.*.*": 0.2}, ("encoder.layer.0",))
+
+
+def test_distances_before_there_is_a_reference_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="has no reference yet, which it takes when the Trainer is made"):
+        WeightAnchoring(0.1).distances(tiny.bert())
 
 
 def test_groups_of_another_model_and_a_second_anchor_are_refused(tmp_path: Path) -> None:

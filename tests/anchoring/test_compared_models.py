@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback
 
 from tests import tiny
-from tl_callbacks import LayerGroup, LayerGroups, WeightAnchoring, attach
+from tl_callbacks import GradualUnfreezing, LayerGroup, LayerGroups, WeightAnchoring, at_steps, attach, group_layers
 from tl_callbacks.anchoring import Outputs, distillation_loss, feature_distance
+from tl_callbacks.parameters import parameters_by_name
 from tl_callbacks.preflight import PreflightError
 
 
@@ -30,11 +32,11 @@ class Measured(TrainerCallback):
 
 
 def one_step(
-    folder: Path, model: nn.Module, old: nn.Module, rows: list[dict[str, Any]], form: Any, **kwargs: Any
+    folder: Path, model: nn.Module, old: nn.Module | None, rows: list[dict[str, Any]], form: Any, **kwargs: Any
 ) -> Mapping[str, float]:
     """What the form measures at the first step, on all rows at once."""
     args = tiny.arguments(folder, max_steps=1, per_device_train_batch_size=len(rows), learning_rate=0.0)
-    anchor = WeightAnchoring(1.0, form=form, reference=tiny.state(old), exclude=())
+    anchor = WeightAnchoring(1.0, form=form, reference=None if old is None else tiny.state(old), exclude=())
     measured = Measured(anchor)
     trainer = tiny.trainer(model, args, rows, callbacks=[anchor, measured], **kwargs)
     attach(trainer)
@@ -101,6 +103,73 @@ def test_an_encoder_decoder_is_read_on_both_sides(tmp_path: Path) -> None:
     for side, mask in (("encoder", batch["attention_mask"] != 0), ("decoder", kept)):
         a, b = (getattr(output, f"{side}_hidden_states")[1] for output in (ours, theirs))
         assert found[f"features/{side}.block.0"] == pytest.approx(float(feature_distance(a, b, mask)), rel=1e-6)
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
+def test_outputs_with_a_prompt_are_kept_near_those_without(config: Any, tmp_path: Path) -> None:
+    base, rows = gpt2(0).float(), language_rows()
+    batch = stacked(rows)
+    mask = batch["attention_mask"] != 0
+    with torch.no_grad():
+        theirs = base.eval()(**batch).logits
+        torch.manual_seed(0)
+        model = get_peft_model(base, config(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+        ours = model(**batch).logits[:, -8:]
+    found = one_step(tmp_path, model, None, rows, "outputs")
+    assert found["outputs"] == pytest.approx(float(distillation_loss(ours, theirs, mask)), rel=1e-4)
+    assert found["outputs"] > 1e-4, "the control: the prompt changes the outputs from the start"
+    assert "forward" not in vars(model)
+
+
+def test_outputs_of_a_classifier_with_a_prompt_are_kept_near_those_without(tmp_path: Path) -> None:
+    base, rows = tiny.bert(dropout=0.0), [{**row, "attention_mask": [1] * 8} for row in tiny.texts(8)]
+    batch = stacked(rows)
+    with torch.no_grad():
+        theirs = base.eval()(**batch).logits
+        torch.manual_seed(0)
+        model = get_peft_model(base, PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)).eval()
+        ours = model(**batch).logits
+    found = one_step(tmp_path, model, None, rows, "outputs")
+    assert found["outputs"] == pytest.approx(float(distillation_loss(ours, theirs)), rel=1e-4)
+    assert found["outputs"] > 1e-5, "the control"
+
+
+@pytest.mark.parametrize("form", ["features", "outputs"])
+def test_adapters_that_add_something_from_the_start_are_compared_with_the_base(form: str, tmp_path: Path) -> None:
+    base, rows = tiny.bert(dropout=0.0), tiny.texts(8)
+    ids = stacked(rows)["input_ids"]
+    config = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", init_lora_weights=False)
+    with torch.no_grad():
+        theirs = base.eval()(ids, output_hidden_states=True)
+        torch.manual_seed(0)
+        model = get_peft_model(base, config).eval()
+        ours = model(ids, output_hidden_states=True)
+    found = one_step(tmp_path, model, None, rows, form)
+    if form == "outputs":
+        expected = {"outputs": distillation_loss(ours.logits, theirs.logits)}
+    else:
+        pairs = zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True)
+        expected = {f"features/encoder.layer.{i}": feature_distance(a, b) for i, (a, b) in enumerate(pairs)}
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(float(value), rel=1e-4)
+        assert found[name] > 1e-5, "the control"
+
+
+def test_a_reference_without_adapters_leaves_frozen_adapters_frozen(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.bert(), LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
+    groups = group_layers(model)
+    start = {name: p.detach().clone() for name, p in parameters_by_name(model).items()}
+    callbacks = [
+        GradualUnfreezing(groups, at_steps([2, 4]), keep_frozen=("encoder.layer.0",)),
+        WeightAnchoring(1.0, form="features"),
+    ]
+    trainer = tiny.trainer(model, tiny.arguments(tmp_path), callbacks=callbacks)
+    attach(trainer)
+    trainer.train()
+    now = {name: p.detach() for name, p in parameters_by_name(model).items()}
+    assert not tiny.moved(start, now, groups["encoder.layer.0"].parameters)
+    assert tiny.moved(start, now, groups["encoder.layer.1"].parameters)
 
 
 def test_batch_norm_is_compared_with_the_pretrained_statistics(tmp_path: Path) -> None:
@@ -250,13 +319,24 @@ class PastTheModel(Trainer):
         return nn.functional.cross_entropy(logits, inputs["labels"])
 
 
-def test_a_loss_that_passes_the_model_by_is_refused(tmp_path: Path) -> None:
-    anchor = WeightAnchoring(1.0, form="features")
-    trainer = PastTheModel(tiny.bert(), tiny.arguments(tmp_path), train_dataset=tiny.texts(), callbacks=[anchor])
+@pytest.mark.parametrize(
+    ("form", "match"),
+    [
+        ("features", "without a call of BertForSequenceClassification that records a gradient"),
+        ("penalty", "without a call of BertForSequenceClassification in training mode, where form='penalty' enters"),
+        ("mixout", "without a call of BertForSequenceClassification in training mode, where form='mixout' enters"),
+    ],
+)
+def test_a_loss_that_passes_the_model_by_is_refused(form: Any, match: str, tmp_path: Path) -> None:
+    model = tiny.bert()
+    start = tiny.state(model)
+    anchor = WeightAnchoring(0.5, form=form)
+    trainer = PastTheModel(model, tiny.arguments(tmp_path), train_dataset=tiny.texts(), callbacks=[anchor])
     attach(trainer)
-    with pytest.raises(RuntimeError, match="without a call of BertForSequenceClassification that records a gradient"):
+    with pytest.raises(RuntimeError, match=match):
         trainer.train()
     assert "compute_loss" not in vars(trainer)
+    assert not tiny.moved(start, tiny.state(model)), "it is refused before the first step"
 
 
 def test_it_must_be_attached(tmp_path: Path) -> None:
@@ -295,6 +375,7 @@ class Bare(nn.Module):
         ("outputs", Bare, "the model returns tuple without `logits`"),
         ("outputs", lambda: tiny.bert(problem_type="regression"), "for the problem type regression; distillation"),
         (Outputs(classes=[1]), tiny.bert, r"outputs of shape \(4, 1\)"),
+        (Outputs(classes=range(5)), tiny.bert, "`classes` has 3, and there are 3 logits; expected numbers from 0 to 2"),
         ("features", Bare, "no module stands for the group `scale`"),
     ],
 )

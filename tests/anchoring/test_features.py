@@ -151,11 +151,16 @@ def test_one_module_computes_as_the_reference_and_then_as_itself() -> None:
 def test_the_weights_come_back_after_an_error() -> None:
     model = tiny.bert()
     before = tiny.state(model)
-    with pytest.raises(ZeroDivisionError), as_reference(model, tiny.state(tiny.bert(seed=3)) and {}):
+    weights = {name: p.detach() for name, p in tiny.bert(seed=3).named_parameters()}
+    during: dict[str, Tensor] = {}
+
+    def fails() -> None:
+        during.update(tiny.state(model))
         raise ZeroDivisionError
-    weights = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+
     with pytest.raises(ZeroDivisionError), as_reference(model, weights):
-        raise ZeroDivisionError
+        fails()
+    assert tiny.moved(before, during), "the control: it held the others meanwhile"
     assert not tiny.moved(before, tiny.state(model))
     assert model.training
 

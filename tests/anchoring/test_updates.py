@@ -1,15 +1,18 @@
 """LoRA updates: norm, gradients and pull from the factors, against the dense update of the adapted model."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from tests import tiny
+from tl_callbacks import WeightAnchoring, attach
 from tl_callbacks.anchoring import LoraUpdate, lora_updates, shrink_, update_gradients, update_norm
+from tl_callbacks.anchoring.below import weights_below, with_updates
 
 
 class Net(nn.Module):
@@ -178,3 +181,73 @@ def test_low_precision_is_summed_in_float32() -> None:
 
 def test_a_model_without_adapters_has_no_updates() -> None:
     assert lora_updates(tiny.bert()) == []
+
+
+@pytest.mark.parametrize("form", ["decoupled", "penalty", "mixout", "features"])
+def test_adalora_is_anchored_to_its_start(form: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = AdaLoraConfig(task_type="SEQ_CLS", target_modules=["query"], total_step=40, tinit=1, tfinal=2)
+    model = get_peft_model(tiny.bert(), config)
+    assert lora_updates(model) == []
+    anchor = WeightAnchoring(0.3, form=form)
+    trainer = tiny.trainer(model, tiny.arguments(tmp_path, max_steps=2), callbacks=[anchor])
+    attach(trainer)
+    trainer.train()
+    assert max(anchor.distances(model).values()) > 0
+
+
+def test_the_weights_below_are_found_in_every_kind_of_layer() -> None:
+    layers = [name for name in LAYERS if name != "grouped"]
+    model = adapted(target_modules=layers)
+    updates = lora_updates(model)
+    found = weights_below(model, {update.name: update.zero for update in updates})
+    assert {name.split(".")[0] for name in found} == set(layers)
+    assert found["line.weight"].shape == (6, 8)
+    assert found["attention.in_proj_weight"].shape == (24, 8)
+    assert weights_below(model, {}) == {}
+
+
+def test_a_given_reference_needs_no_tensors_of_an_adapter_that_adds_nothing(tmp_path: Path) -> None:
+    def run(folder: str, reference: Any) -> tuple[dict[str, Tensor], Any]:
+        torch.manual_seed(0)
+        config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["pooler"], bias="all")
+        model = get_peft_model(tiny.bert(dropout=0.0), config)
+        anchor = WeightAnchoring(0.3, reference=reference)
+        trainer = tiny.trainer(model, tiny.arguments(tmp_path / folder), callbacks=[anchor])
+        attach(trainer)
+        trainer.train()
+        assert anchor._taken is not None
+        return tiny.state(model), anchor._taken.fingerprint
+
+    pretrained = tiny.state(tiny.bert(dropout=0.0))
+    (ours, fingerprint), (taken, same) = run("a", pretrained), run("b", None)
+    assert not tiny.moved(ours, taken)
+    assert fingerprint == same
+    other = {**pretrained, "bert.pooler.dense.weight": torch.zeros(16, 16)}
+    assert tiny.moved(ours, run("c", other)[0]), "the control: what is saved whole has the reference that is given"
+    wrong = "bert.encoder.layer.1.attention.self.query.weight"
+    with pytest.raises(
+        ValueError, match=f"the reference's `{wrong[5:]}` is not the weight|`{wrong}` is not the weight"
+    ):
+        run("d", {**pretrained, wrong: torch.zeros(16, 16)})
+
+
+def test_factors_that_are_given_are_what_is_anchored_to() -> None:
+    model = adapted(target_modules=["line"])
+    given = tiny.state(model)
+    tensors, updates = with_updates(model, lora_updates(model), given)
+    assert updates == []
+    assert torch.equal(tensors["line.lora_A.weight"], given["base_model.model.line.lora_A.default.weight"])
+
+
+def test_lora_on_mapped_files_has_nothing_to_warn_of(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    tiny.bert().save_pretrained(tmp_path)
+    model = type(tiny.bert()).from_pretrained(tmp_path)
+    model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    anchor = WeightAnchoring(0.3, reference="checkpoint")
+    trainer = tiny.trainer(model, tiny.arguments(tmp_path / "run", max_steps=2), callbacks=[anchor])
+    attach(trainer)
+    trainer.train()
+    assert not [warning for warning in recwarn if "mapped" in str(warning.message)]
+    assert anchor._taken is not None
+    assert not anchor._taken.tensors

@@ -4,7 +4,8 @@ They run the reference on each micro-batch, once, without gradient, and add a te
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from tl_callbacks.anchoring.beside import as_reference, floating_buffers, saved
 from tl_callbacks.anchoring.forms import Form, Opening
 from tl_callbacks.anchoring.loss_term import LossTerm
 from tl_callbacks.anchoring.observing import Observed, Observer
-from tl_callbacks.fingerprints import base_model
+from tl_callbacks.fingerprints import base_model, changes_base
+from tl_callbacks.frozen.state import requires_grad_kept
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.names import normalise
 from tl_callbacks.parameters import is_peft
@@ -36,9 +38,11 @@ class Activations(Form):
         self._observer: Observer | None = None
         self._term: LossTerm | None = None
         self._sums: dict[str, Tensor] = {}
+        self._switches_off = False  # whether the reference is the model without its adapters
 
     def take(self, model: nn.Module, names: list[str], given: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
         """Keep the buffers that training moves, such as BatchNorm's statistics."""
+        self._switches_off = given is None and hasattr(model, "disable_adapter") and not changes_base(model)
         theirs = {normalise(name): tensor for name, tensor in (given or {}).items()}
         now = floating_buffers(model)
         self._buffers = {
@@ -138,9 +142,22 @@ class Activations(Form):
         assert self._observer is not None
         model = self.opening.model
         self._observer.listen(graphs=False)
-        with as_reference(model, self.opening.reference, self._buffers):
+        with without_adapters(model, self._switches_off), as_reference(model, self.opening.reference, self._buffers):
             model(*seen.args, **without_labels(model, seen.kwargs))
         return self._observer.heard()[-1]
+
+    def _side_by_side(
+        self, ours: Tensor, theirs: Tensor, seen: Observed, stream: Stream
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return activations of both forwards with the rows first, and the mask of their places.
+
+        Without adapters no prompt stands before the inputs, and its places have nothing to be compared with.
+        """
+        ours, _ = self._placed(ours, seen, stream)
+        theirs, mask = self._placed(theirs, seen, stream)
+        if self._switches_off and ours.ndim == theirs.ndim == 3:
+            ours = ours[:, -theirs.shape[1] :]
+        return ours, theirs, mask
 
     def _placed(self, values: Tensor, seen: Observed, stream: Stream) -> tuple[Tensor, Tensor | None]:
         """Return activations with the rows first, and the mask of their places."""
@@ -149,6 +166,55 @@ class Activations(Form):
         mask = seen.call.mask(stream, values)
         values = rows_first(values, seen.call.rows, mask, seen.call.segments)
         return values, fitting(mask, values, prompted=is_peft(self.opening.model)) if values.ndim == 3 else None
+
+
+@contextmanager
+def without_adapters(model: nn.Module, switched_off: bool) -> Iterator[None]:
+    """Let a PEFT model compute what its base computes, if it is to; what trains is what it was after it.
+
+    Args:
+        model: the model.
+        switched_off: whether it has adapters that are to be off.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+        >>> frozen = model.base_model.model[0].lora_A.default.weight.requires_grad_(False)
+        >>> with without_adapters(model, switched_off=True):
+        ...     model.base_model.model[0].disable_adapters
+        True
+        >>> frozen.requires_grad
+        False
+    """
+    if not switched_off:
+        yield
+        return
+    off = _below_the_prompt(model) if has_prompt(model) else model.disable_adapter()  # type: ignore[operator]
+    with requires_grad_kept(model), off:
+        yield
+
+
+@contextmanager
+def _below_the_prompt(model: Any) -> Iterator[None]:
+    """Let a model compute without its prompt; PEFT's own way (0.21) fails for models that do not generate."""
+    before = vars(model).get("forward")
+    model.forward = model.base_model.forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
+def has_prompt(model: nn.Module) -> bool:
+    """Return whether what PEFT adds to a model stands before its inputs (prompt tuning, prefixes and the like).
+
+    Example:
+        >>> has_prompt(nn.Linear(2, 2))
+        False
+    """
+    return any(config.is_prompt_learning for config in (getattr(model, "peft_config", None) or {}).values())
 
 
 def head_parameters(groups: LayerGroups) -> set[str]:

@@ -1,6 +1,7 @@
 """The adapter: when an anchor's form acts in a Trainer's optimizer steps, and what is logged of it."""
 
 import copy
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from tl_callbacks.anchoring.old_outputs import Outputs
 from tl_callbacks.anchoring.pairing import group_distances, pair
 from tl_callbacks.anchoring.penalty import Penalty
 from tl_callbacks.anchoring.referenced import WithReference
+from tl_callbacks.anchoring.updates import LoraUpdate
 from tl_callbacks.callbacks import announce
 from tl_callbacks.dtensors import reshard
 from tl_callbacks.errors import NoEffectWarning
@@ -49,7 +51,8 @@ class WeightAnchoring(WithReference):
     recorded in `log_history`, and a resumed run that has another is refused. With LoRA adapters that add nothing then,
     it is the model below them: decoupled pull and penalty act on what LoRA adds to each weight, theta - theta_pre =
     s * B A, never formed. Of other adapters (DoRA, PiSSA, LoftQ, other methods), with an importance and in mixout it is
-    the adapter's initial state, where the function is the base model's too.
+    the adapter's initial state: as it was made, or as it was loaded. Features and outputs are compared with those of
+    the model without adapters.
 
     Args:
         strength: decoupled: share of the distance removed per step at the peak rate, in [0, 1); penalty: factor of the
@@ -160,8 +163,8 @@ class WeightAnchoring(WithReference):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Log the final distances and remove the hooks."""
-        self._log_distances(kwargs["model"], state)
+        """Log the distances of the weights that training leaves, unless they are logged, and remove the hooks."""
+        self._log_distances(kwargs["model"], state, final=True)
         self.restore(kwargs["model"])
 
     def restore(self, model: nn.Module) -> None:
@@ -173,8 +176,15 @@ class WeightAnchoring(WithReference):
 
         Args:
             model: the model without wrappers.
+
+        Raises:
+            RuntimeError: no reference was taken yet.
         """
-        assert self._taken is not None
+        if self._taken is None:
+            raise RuntimeError(
+                "WeightAnchoring has no reference yet, which it takes when the Trainer is made. Pass it as "
+                "Trainer(callbacks=[...]), or call attach(trainer), before distances(model)."
+            )
         reshard(model)
         strengths = self._strengths(model)
         groups = [group for group in self._layers(model) if group.name in strengths]
@@ -206,17 +216,33 @@ class WeightAnchoring(WithReference):
         """Whether the form acts on what LoRA adds as a whole."""
         return self._form.of_updates
 
+    def _aside(self, update: LoraUpdate) -> tuple[nn.Parameter, ...]:
+        """Return all parameters of a LoRA update, which is anchored as a whole."""
+        return update.parameters
+
     def _keep(self, model: nn.Module, names: list[str]) -> Mapping[str, Tensor]:
         """Let the form keep what else it needs."""
         self._placed = {}
         return self._form.take(model, names, self.reference if isinstance(self.reference, Mapping) else None)
 
     def _strengths(self, model: nn.Module) -> dict[str, float]:
-        """Return the strength of each group that is anchored, by name."""
+        """Return the strength of each group that is anchored, by name.
+
+        Raises:
+            ValueError: a pattern has a strength, and names excluded groups alone.
+        """
         groups = self._layers(model)
         strengths = groups.by_group(self.strength, default=0.0)
-        named = isinstance(self.strength, Mapping) and groups.head in self.strength and self.exclude is None
+        by_pattern = self.strength if isinstance(self.strength, Mapping) else {}
+        named = groups.head in by_pattern and self.exclude is None
         excluded = () if named else self._excluded(groups)
+        for pattern, value in by_pattern.items():
+            if value > 0 and set(groups.select([pattern])) <= set(excluded):
+                raise ValueError(
+                    f"`strength` has {value} for `{pattern}`, and `exclude` leaves out all groups that it names; "
+                    "expected one or the other. Take it out of `exclude`, or out of `strength`. The head is left out "
+                    "unless `strength` has its very name, or exclude=()."
+                )
         return {name: value for name, value in strengths.items() if value > 0 and name not in excluded}
 
     def _opening(self, model: nn.Module, optimizer: Optimizer, seed: int) -> Opening:
@@ -232,10 +258,12 @@ class WeightAnchoring(WithReference):
         anchored, held = pair(parameters, self._placed, by_name, inner, updates)
         return Opening(model, inner, anchored, held, groups, strengths, self._placed, seed, self.trainer)
 
-    def _log_distances(self, model: nn.Module, state: TrainerState) -> None:
-        if self._form.opened and not any(
-            entry.get("step") == state.global_step and any(key.startswith("tl/anchor/") for key in entry)
-            for entry in state.log_history[-8:]
-        ):
-            found = {**self.distances(model), **self._form.measured()}
-            self.log({f"tl/anchor/{name}": value for name, value in found.items()} | self._form.metrics(state), state)
+    def _log_distances(self, model: nn.Module, state: TrainerState, *, final: bool = False) -> None:
+        """Log the distances, once a step; at the end also where they are no longer those of its last step."""
+        of_step = itertools.takewhile(lambda entry: entry.get("step") == state.global_step, reversed(state.log_history))
+        logged = next((entry for entry in of_step if any(key.startswith("tl/anchor/") for key in entry)), None)
+        if not self._form.opened or (logged is not None and not final):
+            return
+        found = {f"tl/anchor/{name}": v for name, v in {**self.distances(model), **self._form.measured()}.items()}
+        if logged is None or any(logged.get(name) != value for name, value in found.items()):
+            self.log(found | self._form.metrics(state), state)

@@ -22,7 +22,9 @@ class Decoupled(Form):
     """Before each optimizer step: theta <- theta - strength * (lr / peak lr) * (theta - theta_pre).
 
     The pull stands apart from the gradient, as AdamW decays weights. The unit of `strength` is the share of the
-    distance removed per step at the group's peak rate; it follows the schedule, but not the size of the rate.
+    distance removed per step at the group's peak rate; it follows the schedule, but not the size of the rate. A rate
+    above the peak that is known, as of a cyclic schedule that starts at its lowest, pulls as the peak does. A parameter
+    that a step gives no gradient is not pulled by it, as the optimizer leaves it alone too.
 
     With `annealing` it is RecAdam's: with the weight w of the target task at a step, the pull's share is multiplied by
     1 - w, and the optimizer's update of the anchored groups by w (AdamW's weight decay with it). The rates that are
@@ -91,9 +93,12 @@ class Decoupled(Form):
         """Pull before each step of the optimizer; with annealing scale its rates for this step.
 
         Raises:
-            ValueError: with annealing, anchored parameters share a group of the optimizer with others.
+            ValueError: the optimizer has no rate of its own; with annealing, anchored parameters share a group of the
+                optimizer with others.
         """
         optimizer = opening.optimizer
+        for one in self._held():
+            _note_peak(one.group, optimizer)
         handles = [optimizer.register_step_pre_hook(self._pull)]
         if self.annealing is not None:
             _check_groups(opening)
@@ -137,19 +142,19 @@ class Decoupled(Form):
         if skipped(optimizer):
             return
         for parameter, reference, strength, group, _ in self.opening.anchored:
-            if parameter.grad is not None and (share := self._share(optimizer, strength, group)) > 0:
+            if parameter.grad is not None and (share := self._share(strength, group)) > 0:
                 pull_(local(parameter), local(reference), share)
         for update, strength, group in self.opening.updates:
-            if update.moving.grad is not None and (share := self._share(optimizer, strength, group)) > 0:
+            if update.moving.grad is not None and (share := self._share(strength, group)) > 0:
                 shrink_(update, share)
 
     def _held(self) -> list[Anchored | AnchoredUpdate]:
         return [*self.opening.anchored, *self.opening.updates]
 
-    def _share(self, optimizer: Optimizer, strength: float, group: dict[str, Any]) -> float:
-        """Return the share of the distance that this step removes in a group of the optimizer."""
-        peak = float(group.get("initial_lr", optimizer.defaults["lr"]))
-        return (1 - self._target_weight) * strength * float(group["lr"]) / peak if peak > 0 else 0.0
+    def _share(self, strength: float, group: dict[str, Any]) -> float:
+        """Return the share of the distance that this step removes in a group of the optimizer, at most `strength`."""
+        peak = float(group.get("max_lr", group["initial_lr"]))  # OneCycleLR's initial rate is far below its peak
+        return (1 - self._target_weight) * strength * min(float(group["lr"]) / peak, 1.0) if peak > 0 else 0.0
 
     def _scale_rates(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Scale the rates of the anchored groups for this step alone; what is logged are the schedule's."""
@@ -160,6 +165,20 @@ class Decoupled(Form):
         self._rates = [(group, group["lr"]) for group in {id(group): group for group in groups}.values()]
         for group, rate in self._rates:
             group["lr"] = rate * self._target_weight
+
+
+def _note_peak(group: dict[str, Any], optimizer: Optimizer) -> None:
+    """Note the peak rate of an optimizer's group, unless its scheduler has; checkpoints hold it with the group.
+
+    ReduceLROnPlateau notes none, and a resumed run begins with a rate that is no longer the peak.
+    """
+    default = optimizer.defaults.get("lr")
+    group.setdefault("initial_lr", float(group["lr"] or default or 0.0))
+    if default is None and not group["initial_lr"]:
+        raise ValueError(
+            f"{type(optimizer).__name__} has no rate (lr=None, as Adafactor's relative steps), which the decoupled "
+            'pull follows. Give the optimizer a rate, or choose form="penalty".'
+        )
 
 
 def _check_groups(opening: Opening) -> None:

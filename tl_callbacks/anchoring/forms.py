@@ -1,6 +1,7 @@
 """What the forms of an anchor have in common: what one is opened with, and when it is asked to act."""
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class Form:
         """Raise unless a strength, or each of those by group, is in the form's range.
 
         Raises:
-            ValueError: one is not, or the form takes no strengths by group.
+            ValueError: one is not, or is no number, or the form takes no strengths by group.
         """
         if isinstance(strength, Mapping) and not self.by_group:
             raise ValueError(
@@ -94,9 +95,9 @@ class Form:
                 "model. Give one number."
             )
         for value in strength.values() if isinstance(strength, Mapping) else (strength,):
-            if not 0 <= value < (1 if self.below_one else float("inf")):
+            if not isinstance(value, Real) or not 0 <= value < (1 if self.below_one else float("inf")):
                 span = "[0, 1)" if self.below_one else "[0, infinity)"
-                raise ValueError(f"`strength` is {value}; expected a number in {span}, {self.unit}.")
+                raise ValueError(f"`strength` is {value!r}; expected a number in {span}, {self.unit}.")
 
     def names(self, model: nn.Module, groups: LayerGroups, strengths: Mapping[str, float]) -> list[str]:
         """Return the parameters of which a reference is needed, by normalised name.
@@ -151,7 +152,11 @@ class Form:
         """Note that an optimizer step begins; the optimizer is the Trainer's, wrapped by accelerate."""
 
     def end_gradients(self) -> None:
-        """Put back what was changed for the forward passes of a step: the gradients are complete, or it is over."""
+        """Put back what was changed for the forward passes of a step: the gradients are complete, or it is over.
+
+        Raises:
+            RuntimeError: what was due at the first forward of the step had no place to enter.
+        """
 
     def close(self) -> None:
         """Remove the hooks. Safe to call twice."""
@@ -185,6 +190,19 @@ class Form:
     def metrics(self, state: TrainerState) -> dict[str, float]:
         """Return what else to log with them, by the whole key."""
         return {}
+
+
+def passed_by(form: Form) -> RuntimeError:
+    """Return the error of a step whose loss was computed past the place where a form enters.
+
+    Args:
+        form: an open form that enters at the model's own forward.
+    """
+    return RuntimeError(
+        f"the gradients of a step were computed without a call of {type(form.opening.model).__name__} in training "
+        f"mode, where form={form.name!r} enters. Compute the loss from the model's own forward, or choose "
+        'form="decoupled".'
+    )
 
 
 def skipped(optimizer: Optimizer) -> bool:

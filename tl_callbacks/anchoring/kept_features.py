@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from tl_callbacks.anchoring.activations import Activations, head_parameters
+from tl_callbacks.anchoring.activations import Activations, has_prompt, head_parameters
 from tl_callbacks.anchoring.features import feature_distance
 from tl_callbacks.anchoring.observing import Observed
 from tl_callbacks.frozen.state import openable
@@ -18,6 +18,7 @@ class Features(Activations):
     The mean is over the step's rows, over the places of a row that the mask keeps, and over the features: DELTA without
     its attention. A group is read where `RepresentationProbes` reads it. The tuned model computes with dropout and
     batch statistics while it trains, the reference without. What is frozen from the input up to a group has no term.
+    With adapters the reference is the model without them; of a prompt it is the prompt as it was made.
 
     Example:
         >>> Features()
@@ -38,6 +39,12 @@ class Features(Activations):
         """Return all that may train, for the reference runs whole; without the head, whose weights are new."""
         left_out = set() if groups.head in strengths else head_parameters(groups)
         return [name for name in openable(model) if name not in left_out] if strengths else []
+
+    def take(self, model: nn.Module, names: list[str], given: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        """Keep the buffers; what is read of a prompt is not there without it, so that it is compared with its start."""
+        kept = super().take(model, names, given)
+        self._switches_off &= not has_prompt(model)
+        return kept
 
     def points(self, model: nn.Module) -> dict[str, ReadPoint]:
         """Return where the anchored groups are read."""
@@ -70,13 +77,12 @@ class Features(Activations):
         return f"keeps the features of {', '.join(self._points)} near the reference's"
 
     def _distance(self, name: str, seen: Observed, reference: Observed) -> Tensor:
-        ours, theirs = seen.features[name], reference.features[name]
+        stream = self._points[name].stream
+        ours, theirs, mask = self._side_by_side(seen.features[name], reference.features[name], seen, stream)
         if ours.shape != theirs.shape:
             raise ValueError(
                 f"the group `{name}` has features of shape {tuple(ours.shape)} in training and "
                 f"{tuple(theirs.shape)} in the reference's forward on the same inputs; expected the same, so that each "
                 "place can be compared. Name the group in `exclude`, or choose another form."
             )
-        ours, mask = self._placed(ours, seen, self._points[name].stream)
-        theirs, _ = self._placed(theirs, seen, self._points[name].stream)
         return feature_distance(ours, theirs, mask)

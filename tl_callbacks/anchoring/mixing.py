@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerState
 
-from tl_callbacks.anchoring.forms import Form, Opening
+from tl_callbacks.anchoring.forms import Form, Opening, passed_by
 from tl_callbacks.anchoring.mixout import mix_, mixed_gradient, mixout_mask
 from tl_callbacks.sharding import sharding
 
@@ -42,6 +42,7 @@ class Mixout(Form):
         self._masks: list[Tensor | None] = []
         self._own: list[Tensor | None] = []
         self._mixed = False
+        self._due = False
 
     def __repr__(self) -> str:
         return "Mixout()"
@@ -64,20 +65,30 @@ class Mixout(Form):
 
     def begin_step(self, optimizer: Any, state: TrainerState) -> None:
         """Note that a step begins; its mix enters at the first forward, when all that is due is open."""
-        self.end_gradients()
-        self._step = state.global_step
+        self._end()
+        self._step, self._due = state.global_step, self.opened
 
     def end_gradients(self) -> None:
-        """Put the weights back; until the next step begins nothing is mixed."""
-        self._put_back()
-        self._masks = [None] * len(self._masks)
-        self._step = None
+        """Put the weights back; until the next step begins nothing is mixed.
+
+        Raises:
+            RuntimeError: nothing was, as the loss passed the model's own forward by.
+        """
+        due = self._due
+        self._end()
+        if due:
+            raise passed_by(self)
 
     def close(self) -> None:
         """Put the weights back and remove the hooks. Safe to call twice."""
-        self.end_gradients()
+        self._end()
         super().close()
         self._masks, self._own = [], []
+
+    def _end(self) -> None:
+        self._put_back()
+        self._masks = [None] * len(self._masks)
+        self._step, self._due = None, False
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _choose(self, root: nn.Module, inputs: Any) -> None:
@@ -91,7 +102,7 @@ class Mixout(Form):
         if self._mixed:
             return
         assert self._step is not None
-        self._mixed = True
+        self._mixed, self._due = True, False
         for number, (parameter, reference, probability, _, name) in enumerate(self.opening.anchored):
             if not parameter.requires_grad:
                 continue

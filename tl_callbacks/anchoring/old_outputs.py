@@ -20,7 +20,8 @@ class Outputs(Activations):
 
     The divergence is temperature^2 * KL(reference || tuned) of the softened outputs, its mean over the step's rows and
     over the places of a row that the mask keeps. The old outputs are logits of the model itself (a causal language
-    model, or a classifier that keeps its head and learns further classes), or of an old head that is given.
+    model, or a classifier that keeps its head and learns further classes), or of an old head that is given. With
+    adapters, prompts too, the reference is the model without them.
 
     Args:
         temperature: what logits are divided by, more than 0; 2 in the paper.
@@ -29,7 +30,7 @@ class Outputs(Activations):
             is; it must return logits.
 
     Raises:
-        ValueError: the temperature is not above 0.
+        ValueError: the temperature is not above 0; when training begins: there is no logit of that number in `classes`.
 
     Example:
         >>> Outputs(classes=range(5))
@@ -101,8 +102,7 @@ class Outputs(Activations):
                 'expects the logits of two classes or more. Choose form="features".'
             )
         stream: Stream = "decoder" if getattr(config, "is_encoder_decoder", False) else "main"
-        ours, mask = self._placed(ours, seen, stream)
-        theirs, _ = self._placed(theirs, seen, stream)
+        ours, theirs, mask = self._side_by_side(ours, theirs, seen, stream)
         independent = problem == "multi_label_classification"
         loss = distillation_loss(ours, theirs, mask, temperature=self.temperature, independent=independent)
         return {"outputs": (max(self.opening.strengths.values()), loss)}
@@ -121,7 +121,14 @@ class Outputs(Activations):
         logits = self._of_old_head(seen) if self.old_head is not None else logits_in(seen.output)
         if logits.ndim == 4:
             logits = logits.movedim(1, -1)  # maps
-        return logits if self.classes is None else logits[..., list(self.classes)]
+        if self.classes is None:
+            return logits
+        if wrong := [number for number in self.classes if not 0 <= number < logits.shape[-1]]:
+            raise ValueError(
+                f"`classes` has {wrong[0]}, and there are {logits.shape[-1]} logits; expected numbers from 0 to "
+                f"{logits.shape[-1] - 1}, of the old classes."
+            )
+        return logits[..., list(self.classes)]
 
     def _of_old_head(self, seen: Observed) -> Tensor:
         assert self.old_head is not None

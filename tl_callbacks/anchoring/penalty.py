@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerState
 
 from tl_callbacks.anchoring.fisher import check_importance, weights_elsewhere
-from tl_callbacks.anchoring.forms import Form, Opening
+from tl_callbacks.anchoring.forms import Form, Opening, passed_by
 from tl_callbacks.anchoring.penalties import penalty_gradient
 from tl_callbacks.anchoring.updates import update_gradients
 from tl_callbacks.dtensors import placed_like
@@ -20,7 +20,7 @@ class Penalty(Form):
     """The loss J + strength * ||theta - theta_pre||^2 (L2-SP), exactly.
 
     The gradients of each optimizer step start at the penalty's, whatever the accumulation, the number of ranks and the
-    loss scale.
+    loss scale. A parameter that a step gives no gradient of its own moves by it too.
 
     With `importance` it is EWC's: J + strength * sum_i F_i * (theta_i - theta_pre,i)^2. The F_i are taken as they are,
     so `strength` is the lambda / 2 of the paper. With adapters it then acts on their parameters, from their initial
@@ -91,9 +91,18 @@ class Penalty(Form):
 
     def begin_step(self, optimizer: Any, state: TrainerState) -> None:
         """Note that the penalty is due; it enters at the first forward, when all that is due is open."""
-        self._due = True
+        self._due = self.opened
         scaler = getattr(optimizer, "scaler", None)
         self._loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
+
+    def end_gradients(self) -> None:
+        """Raise if the penalty is still due.
+
+        Raises:
+            RuntimeError: it is, as the loss passed the model's own forward by.
+        """
+        if self._due:
+            raise passed_by(self)
 
     def close(self) -> None:
         """Remove the hooks. Safe to call twice."""

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from tl_callbacks import events
+from tl_callbacks.anchoring.below import weights_below, with_updates
 from tl_callbacks.anchoring.reference import Reference, Source
-from tl_callbacks.anchoring.updates import LoraUpdate, agreed, lora_updates, weights_below
+from tl_callbacks.anchoring.updates import LoraUpdate, agreed, lora_updates
 from tl_callbacks.callbacks import TransferCallback
 from tl_callbacks.checkpoints import loaded_checkpoint
 from tl_callbacks.discovery import group_layers
 from tl_callbacks.groups import LayerGroups
+from tl_callbacks.parameters import parameters_by_name
 
 
 class WithReference(TransferCallback):
@@ -73,18 +75,27 @@ class WithReference(TransferCallback):
         """Take the reference anew where `model_init` made another model for a fresh training."""
         if state.global_step == 0:
             self._take(model)
+        else:  # holds the checkpoint's weights by now; that the reference is the first run's is proven
+            self._model = weakref.ref(model)
 
     def _take(self, model: nn.Module) -> None:
         """Take the reference; of a model in a second Trainer it stays the one from before it was trained."""
         if self._model() is model:
             return
-        names = self._names(model)
+        names, source = self._names(model), self.reference
+        updates = lora_updates(model)
+        if isinstance(source, Mapping):
+            source, updates = with_updates(model, updates, source)
+        below = weights_below(model, {update.name: update.zero for update in updates})
+        updates = updates if self._of_updates else []
+        # Whether what a rank has not read is zero, the first one knows.
+        aside = {id(p) for update in updates if not update.up.is_meta for p in self._aside(update)}
+        held = [name for name, parameter in parameters_by_name(model).items() if id(parameter) not in aside]
+        names = [name for name in names if name in held]
         self._taken = Reference.take(
-            model, names, source=self.reference, dtype=self.reference_dtype, device=self.reference_device
+            model, names, source=source if names else None, dtype=self.reference_dtype, device=self.reference_device
         )
-        by_update = self._of_updates and not isinstance(self.reference, Mapping)
-        self._zero = {update.name: update.zero for update in lora_updates(model)} if by_update else {}
-        below = weights_below(model, self._zero)
+        self._zero = {update.name: update.zero for update in updates}
         self._taken.vouch({**{f"below {name}": tensor for name, tensor in below.items()}, **self._keep(model, names)})
         self._model = weakref.ref(model)
 
@@ -97,6 +108,10 @@ class WithReference(TransferCallback):
         """Whether of a LoRA adapter that adds nothing at the start, the reference is the model below it."""
         return True
 
+    def _aside(self, update: LoraUpdate) -> tuple[nn.Parameter, ...]:
+        """Return the parameters of a LoRA update that need no reference."""
+        return (update.staying,)
+
     def _keep(self, model: nn.Module, names: list[str]) -> Mapping[str, Tensor]:
         """Keep what else belongs to the reference, which has just been taken; return it by names of its own."""
         return {}
@@ -105,8 +120,14 @@ class WithReference(TransferCallback):
         """Return the reference that all ranks share, as a training begins. Call it on all ranks.
 
         Raises:
-            RuntimeError: none was taken.
+            RuntimeError: none was taken, or that of another model.
         """
+        if self._taken is not None and self._model() is not getattr(model, "_orig_mod", model):
+            raise RuntimeError(
+                f"{type(self).__name__} has the reference of another model than the one that is trained, as "
+                "`model_init` makes a new one for each training. Call attach(trainer) before trainer.train(), and let "
+                "layerwise_optimizer(args, groups) make the optimizer; or pass the model itself to the Trainer."
+            )
         if self._taken is None:
             raise RuntimeError(
                 f"{type(self).__name__} was added after the Trainer was made and has no reference. Pass it as "
@@ -143,7 +164,8 @@ class WithReference(TransferCallback):
     def _where(self) -> str:
         """Return where the reference lives, as the end of a sentence, unless it is copied as it is; or nothing."""
         elsewhere = self.reference == "checkpoint" or self.reference_dtype or self.reference_device
-        return f"; {self._taken.summary()}" if elsewhere and self._taken is not None else ""
+        held = self._taken is not None and self._taken.tensors
+        return f"; {self._taken.summary()}" if elsewhere and held and self._taken is not None else ""
 
     def facts(self) -> dict[str, Any]:
         """Return what has no reference, and what the reference is."""

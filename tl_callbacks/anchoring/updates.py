@@ -5,7 +5,7 @@ The update is s * B A with r columns in B. Its squared norm and the gradients of
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -65,8 +65,8 @@ def lora_updates(model: nn.Module, zero: Mapping[str, Literal["up", "down"]] | N
     """Return the updates of a model's active LoRA adapters that are zero now: there the model is the one below them.
 
     Call it before training. An adapter whose product is not zero (PiSSA, OLoRA, LoftQ, LoRA-GA, orthogonal, a trained
-    one that was loaded, `init_lora_weights=False`), one whose update is more than the product (DoRA, aLoRA and others),
-    and other PEFT methods are left out: what they should stay near is their own initial state.
+    one that was loaded, `init_lora_weights=False`), one whose update is more than the product (DoRA, AdaLoRA, aLoRA and
+    others), and other PEFT methods are left out: what they should stay near is their own initial state.
 
     Args:
         model: a model, with adapters or without.
@@ -86,31 +86,6 @@ def lora_updates(model: nn.Module, zero: Mapping[str, Literal["up", "down"]] | N
         if isinstance(module, LoraLayer):
             candidates = (_update(name, module, adapter, zero) for adapter in module.active_adapters)
             found += [update for update in candidates if update is not None]
-    return found
-
-
-def weights_below(model: nn.Module, zero: Mapping[str, Literal["up", "down"]]) -> dict[str, Tensor]:
-    """Return the weights that LoRA updates are added to, by the updates' names.
-
-    Args:
-        model: a model, with adapters or without.
-        zero: the factor that was zero when training began, by the updates' names.
-
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(4, 3)), LoraConfig(target_modules=["0"]))
-        >>> {name: tuple(weight.shape) for name, weight in weights_below(model, {"0": "up"}).items()}
-        {'0': (3, 4)}
-    """
-    found: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        full = (
-            {_full_name(name, adapter) for adapter in module.active_adapters} if isinstance(module, LoraLayer) else {}
-        )
-        if own := zero.keys() & full:
-            layer: Any = module
-            weight = layer.get_param() if isinstance(module, ParamWrapper) else layer.get_base_layer().weight
-            found |= dict.fromkeys(own, weight.detach())
     return found
 
 
@@ -206,21 +181,27 @@ def _update(
     groups = 1
     if adapter in module.lora_embedding_A:
         down, up = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
-    elif adapter in module.lora_A:
+    elif adapter in module.lora_A and isinstance(module.lora_A[adapter], nn.Module):  # AdaLoRA's are bare parameters
         down, up = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         bias = getattr(module.lora_B[adapter], "bias", None)
         groups = getattr(module.lora_B[adapter], "groups", 1)
     else:
         return None
     experts = int(module.num_experts) if isinstance(module, ParamWrapper) else 1
-    full = _full_name(name, adapter)
+    full = update_name(name, adapter)
     zero = _zero(down, up, bias) if known is None else known.get(full)
     if zero is None:
         return None
     return LoraUpdate(full, down, up, float(module.scaling[adapter]), zero, bias, groups * experts, experts > 1)
 
 
-def _full_name(layer: str, adapter: str) -> str:
+def update_name(layer: str, adapter: str) -> str:
+    """Return the name of the update of a layer by an adapter.
+
+    Example:
+        >>> update_name("base_model.model.encoder", "default"), update_name("encoder", "second")
+        ('encoder', 'encoder.second')
+    """
     return normalise(layer) if adapter == "default" else f"{normalise(layer)}.{adapter}"
 
 
