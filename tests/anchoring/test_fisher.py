@@ -1,6 +1,7 @@
 """The diagonal Fisher against loops written out, and against exact values."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -114,6 +109,16 @@ def test_a_vision_model_is_vectorised() -> None:
     assert worst(ours, theirs) < 1e-12
 
 
+def test_a_batch_that_cannot_be_vectorised_may_come_after_one_that_can() -> None:
+    model = tiny.bert().double()
+    mixed = [{key: value for key, value in texts(4)[0].items() if key != "attention_mask"}, *texts()]
+    theirs = loop(model, mixed, lambda m, one: m(**one).loss)
+    ours = diagonal_fisher(model, mixed)
+    assert ours.facts["gradients"] == "torch.func, then one backward a sample"
+    assert ours.facts["samples"] == 16
+    assert worst(ours, theirs) < 1e-12
+
+
 def test_the_square_of_a_batchs_gradient_is_another_quantity() -> None:
     model = mlp().eval()
     ours = diagonal_fisher(model, mlp_batches())
@@ -127,75 +132,6 @@ def test_the_square_of_a_batchs_gradient_is_another_quantity() -> None:
     theirs = {name: total / 11 for name, total in sums.items()}
     assert worst(theirs, ours) > 0.1
     assert sum(float(t.sum()) for t in theirs.values()) < 0.5 * sum(float(t.sum()) for t in ours.values())
-
-
-def test_sampled_labels_estimate_the_fisher_information() -> None:
-    torch.manual_seed(0)
-    model = nn.Linear(3, 3).double()
-    inputs = torch.randn(4, 3, dtype=torch.float64)
-    exact = torch.zeros(3, 3, dtype=torch.float64)
-    for x in inputs:
-        p = model(x).softmax(-1)
-        for label in range(3):
-            error = functional.one_hot(torch.tensor(label), 3) - p
-            exact += (p[label] * torch.outer(error, x).square()).detach() / 4
-    wrong = torch.zeros(4, dtype=torch.long)  # the data's labels, which the estimate must not depend on
-    many = [(inputs, wrong)] * 1000
-    ours = diagonal_fisher(model, many, labels="sampled", chunk_size=64)
-    given = diagonal_fisher(model, [(inputs, wrong)])
-    assert ours.facts["kind"] == "sampled"
-    assert float((ours["weight"] - exact).norm() / exact.norm()) < 0.08
-    assert float((given["weight"] - exact).norm() / exact.norm()) > 0.3
-    again = diagonal_fisher(model, many[:3], labels="sampled", seed=5)
-    assert torch.equal(diagonal_fisher(model, many[:3], labels="sampled", seed=5)["weight"], again["weight"])
-    assert not torch.equal(diagonal_fisher(model, many[:3], labels="sampled", seed=6)["weight"], again["weight"])
-
-
-SMALL: dict[str, Any] = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-def language_models() -> dict[str, nn.Module]:
-    torch.manual_seed(0)
-    return {
-        "masked": BertForMaskedLM(BertConfig(**SMALL, intermediate_size=8)),
-        "causal": LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=8)),
-        "sequence to sequence": T5ForConditionalGeneration(
-            T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
-        ),
-    }
-
-
-@pytest.mark.parametrize("kind", ["masked", "causal", "sequence to sequence"])
-def test_a_texts_tokens_are_one_sample(kind: str) -> None:
-    model = language_models()[kind].double()
-    ids = torch.randint(1, 20, (4, 6), generator=torch.Generator().manual_seed(2))
-    labels = ids.clone()
-    labels[:, 4:] = -100
-    labels[0] = -100  # a row that says nothing adds nothing
-    batch = {"input_ids": ids, "labels": labels}
-
-    def negative(m: Any, one: Any) -> Tensor:
-        terms = int((one["labels"][:, 1:] if kind == "causal" else one["labels"]).ne(-100).sum())
-        return m(**one).loss * terms if terms else 0 * m(**{**one, "labels": one["input_ids"]}).loss
-
-    theirs = loop(model, [batch], negative)
-    rows = [{key: value[row : row + 1] for key, value in batch.items()} for row in (1, 2, 3, 0)]
-    # transformers takes a language model's loss in float32
-    assert worst(diagonal_fisher(model, rows), theirs) < (1e-6 if kind == "causal" else 1e-12)
-    sampled = diagonal_fisher(model, rows, labels="sampled")
-    assert worst(sampled, theirs) > 1e-3
-    assert all(bool(tensor.isfinite().all()) for tensor in sampled.values())
-
-
-def test_targets_with_a_fraction_are_gaussian() -> None:
-    torch.manual_seed(0)
-    model = nn.Linear(3, 1).double()
-    inputs, targets = torch.randn(5, 3).double(), torch.randn(5).double()
-    ours = diagonal_fisher(model, [(inputs, targets)])
-    errors = (model(inputs).squeeze(-1) - targets).detach()
-    assert torch.allclose(ours["bias"], errors.square().mean()[None])
-    sampled = diagonal_fisher(model, [(inputs, targets)] * 400, labels="sampled", chunk_size=64)
-    assert float(sampled["bias"]) == pytest.approx(1.0, rel=0.1)  # the Fisher information of a Gaussian's mean
 
 
 def test_a_loss_of_ones_own() -> None:
@@ -250,9 +186,22 @@ def test_a_file_holds_the_tensors_and_the_facts(tmp_path: Path) -> None:
     assert loaded.facts == {**ours.facts, "data": "noise"}
     assert all(torch.equal(loaded[name], ours[name]) for name in ours)
     assert json.dumps(loaded.facts)
-    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="holds no Fisher information"):
-        load_fisher(tmp_path / "other.safetensors")
+
+
+def test_a_file_that_is_none_of_ours_or_damaged_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "other.safetensors"
+    for kept in ({}, {"tl_callbacks": "[1]"}, {"tl_callbacks": '{"fisher": 1}'}):
+        save_file({"a": torch.ones(1)}, file, kept)
+        with pytest.raises(ValueError, match=r"other\.safetensors` holds no Fisher information"):
+            load_fisher(file)
+    save_file({"a": torch.ones(1)}, file, {"tl_callbacks": "no JSON"})
+    with pytest.raises(ValueError, match=r"other\.safetensors` cannot be read: Expecting value"):
+        load_fisher(file)
+    save_fisher(diagonal_fisher(mlp(), mlp_batches()), file)
+    for size in (file.stat().st_size - 3, 0):
+        os.truncate(file, size)
+        with pytest.raises(ValueError, match=r"other\.safetensors` cannot be read: .* expected a whole file"):
+            load_fisher(file)
 
 
 class OtherLoss(nn.Module):
@@ -282,6 +231,8 @@ PAIR = (torch.ones(2, 3), torch.tensor([0, 1]))
         (lambda: diagonal_fisher(LINE, [(torch.full((2, 3), torch.nan), PAIR[1])]), "`weight` is not finite"),
         (lambda: diagonal_fisher(OtherLoss(), [{"x": PAIR[0], "labels": PAIR[1]}]), "cross-entropy of its logits"),
         (lambda: diagonal_fisher(OtherLoss(), [{"x": PAIR[0]}]), "no labels, only x"),
+        (lambda: diagonal_fisher(LINE, [PAIR[:1]]), r"a batch is a tuple of 1; expected .* tuple \(inputs, labels\)"),
+        (lambda: diagonal_fisher(LINE, [*PAIR]), "a batch is one tensor; expected a dict"),
         (lambda: diagonal_fisher(nn.Linear(3, 2, device="meta"), [PAIR]), "expected whole weights"),
     ],
 )

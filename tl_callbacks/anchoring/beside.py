@@ -1,11 +1,12 @@
 """The reference beside the tuned model: one module for both, which for one forward holds the reference's weights."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from tl_callbacks.names import normalise
 from tl_callbacks.parameters import parameters_by_name
 from tl_callbacks.reading.quiet import evaluating, random_states_kept
 
@@ -31,6 +32,52 @@ def saved(model: nn.Module, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     kept = model.state_dict().keys()
     return {name: buffer for name, buffer in buffers.items() if name in kept}
+
+
+def buffers_of(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the floating buffers that belong to some of a model's parameters, by name.
+
+    A buffer belongs to the parameters of its module, or, where that has none, of the nearest module above that has.
+
+    Args:
+        model: the model.
+        names: normalised names of the parameters.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(2), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False)))
+        >>> list(buffers_of(model, ["0.weight", "0.bias"]))
+        ['0.running_mean', '0.running_var']
+    """
+    parameters = parameters_by_name(model)
+    chosen = {id(parameters[name]) for name in names}
+    return {name: one for name, one in floating_buffers(model).items() if chosen & _nearest(model, name)}
+
+
+def as_given(buffers: Mapping[str, Tensor], given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Return copies of buffers as a reference that was given has them; as they are where it has none of the name.
+
+    Args:
+        buffers: of the model, by name.
+        given: such as a `state_dict()`; None: no reference was given.
+
+    Raises:
+        ValueError: one has another shape.
+
+    Example:
+        >>> as_given({"mean": torch.zeros(1)}, {"mean": torch.ones(1)})
+        {'mean': tensor([1.])}
+    """
+    theirs = {normalise(name): tensor for name, tensor in (given or {}).items()}
+    result = {}
+    for name, own in buffers.items():
+        found = theirs.get(normalise(name), own)
+        if found.shape != own.shape:
+            raise ValueError(
+                f"the reference of `{name}` has shape {tuple(found.shape)}; expected {tuple(own.shape)}. Give weights "
+                "of the same architecture."
+            )
+        result[name] = found.detach().to(own, copy=True)
+    return result
 
 
 @contextmanager
@@ -69,3 +116,13 @@ def as_reference(
             for (tensor, _), data in zip(pairs, held, strict=True):
                 tensor.data = data
             torch.clear_autocast_cache()
+
+
+def _nearest(model: nn.Module, buffer: str) -> set[int]:
+    """Return the ids of the parameters of the nearest module around a buffer that has any."""
+    path = buffer
+    while path:
+        path = path.rpartition(".")[0]
+        if found := {id(parameter) for parameter in model.get_submodule(path).parameters()}:
+            return found
+    return set()

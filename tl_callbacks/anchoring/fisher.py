@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -57,6 +57,10 @@ def diagonal_fisher(
     `labels="given"` takes the data's labels, which is the *empirical* Fisher; `"sampled"` draws them from the model's
     own predictions, an unbiased estimate of the Fisher information itself. A sample is one row: of a text with many
     labels the log-likelihoods are added before the gradient is squared.
+
+    What log p is follows from the labels: classes, targets with Gaussian noise, or, of a model whose `problem_type` is
+    "multi_label_classification", labels of which each holds or not by itself. Where a model of transformers has a loss
+    of its own, it must be the one that belongs to it.
 
     The model is in eval mode meanwhile, and left as it was: modes, gradients, random states. Gradients come from
     `torch.func`, `chunk_size` samples at a time, or, where the model's forward cannot be vectorised (as that of a
@@ -128,7 +132,7 @@ def diagonal_fisher(
     facts = {
         "kind": "empirical" if labels == "given" else "sampled",
         "samples": count,
-        "gradients": "torch.func" if gradients.vectorised else "one backward a sample",
+        "gradients": gradients.way,
         "weights": {normalise(name): tensor_hash(parameter) for name, parameter in chosen.items()},
     }
     return Fisher({normalise(name): total.div_(count) for name, total in sums.items()}, facts)
@@ -162,16 +166,22 @@ def load_fisher(path: str | os.PathLike[str]) -> Fisher:
         path: the file.
 
     Raises:
-        ValueError: another kind of safetensors file.
+        ValueError: another kind of file, or a damaged one.
 
     Example:
         See `save_fisher`.
     """
-    with safe_open(path, framework="pt") as file:
-        kept = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-        if "fisher" not in kept:
-            raise ValueError(f"`{path}` holds no Fisher information; expected a file that save_fisher wrote.")
-        return Fisher({name: file.get_tensor(name) for name in file.keys()}, kept["fisher"])  # noqa: SIM118
+    try:
+        with safe_open(path, framework="pt") as file:
+            kept = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"`{path}` cannot be read: {error}; expected a whole file that save_fisher wrote. Write it anew."
+        ) from error
+    if not isinstance(kept, dict) or not isinstance(kept.get("fisher"), dict):
+        raise ValueError(f"`{path}` holds no Fisher information; expected a file that save_fisher wrote.")
+    return Fisher(tensors, kept["fisher"])
 
 
 def check_importance(

@@ -57,13 +57,26 @@ def interpolate_(parameter: Tensor, reference: Tensor, tuned: Tensor, alpha: flo
     return parameter
 
 
+def as_row(place: Place) -> dict[str, float | None]:
+    """Return a place as JSON holds it: what is no finite number is None.
+
+    Example:
+        >>> as_row(Place(0.5, math.nan))
+        {'alpha': 0.5, 'metric': None, 'retention': None}
+    """
+    return {
+        name: value if value is not None and math.isfinite(value) else None for name, value in place._asdict().items()
+    }
+
+
 def choose(places: Sequence[Place], *, greater_is_better: bool, min_retention: float | None = None) -> Place:
     """Return the place with the best metric among those that retain enough; of equals the one nearest to pretrained.
 
-    Where none retains enough it is the one that retains most.
+    Where none retains enough it is the one that retains most. A place whose metric is no finite number is not chosen;
+    where none has one it is the place nearest to the tuned weights.
 
     Args:
-        places: at least one. A metric that is no number is worse than any.
+        places: at least one.
         greater_is_better: whether the metric grows as the model gets better.
         min_retention: the least retention; None: any.
 
@@ -81,13 +94,16 @@ def choose(places: Sequence[Place], *, greater_is_better: bool, min_retention: f
         raise ValueError("there is no place to choose; expected at least one alpha.")
 
     def worth(place: Place) -> float:
-        return -math.inf if math.isnan(place.metric) else place.metric * (1 if greater_is_better else -1)
+        return place.metric * (1 if greater_is_better else -1)
 
-    if min_retention is None:
-        return max(places, key=lambda place: (worth(place), -place.alpha))
-    kept = [(place, place.retention) for place in places if place.retention is not None]
-    if len(kept) < len(places):
+    if min_retention is not None and any(place.retention is None for place in places):
         raise ValueError("`min_retention` is given, and retention was not measured; give `retention`, or leave it out.")
+    measured = [place for place in places if math.isfinite(place.metric)]
+    if not measured:
+        return max(places, key=lambda place: place.alpha)
+    if min_retention is None:
+        return max(measured, key=lambda place: (worth(place), -place.alpha))
+    kept = [(place, place.retention) for place in measured if place.retention is not None]
     enough = [place for place, retention in kept if retention >= min_retention]
     if enough:
         return max(enough, key=lambda place: (worth(place), -place.alpha))

@@ -5,13 +5,13 @@ that holds the same bits is the reference.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -79,6 +79,10 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"*{_SUFFIX}")) or sorted(folder.rglob(f"*{_SUFFIX}"))
 
 
+class ReferenceWrittenError(RuntimeError):
+    """A file that holds the reference was written to, and is no longer what it was."""
+
+
 class MappedFiles:
     """The tensors of safetensors files, mapped into memory: read from the disk's cache when they are used.
 
@@ -86,7 +90,7 @@ class MappedFiles:
     it is deleted. What writes into the file itself changes the tensors: `check` tells.
 
     Args:
-        files: the files; all must be readable.
+        files: the files; those that cannot be read are `left_out`, which says why by file.
 
     Example:
         >>> import tempfile
@@ -98,13 +102,22 @@ class MappedFiles:
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
-        self.files = list(files)
+        self.files: list[Path] = []
+        self.left_out: dict[Path, str] = {}
         self.tensors: dict[str, Tensor] = {}
-        self._written = {file: _written(file) for file in self.files}
+        self._written: dict[Path, tuple[int, ...]] = {}
         self._file: dict[str, Path] = {}  # that a tensor is in
         self._starts: dict[torch.dtype, dict[_Start, list[str]]] = {}
-        for file in self.files:
-            with safe_open(file, "pt") as stored:
+        for file in files:
+            written = _written(file)
+            try:
+                opened = safe_open(file, "pt")
+            except (SafetensorError, OSError) as error:
+                self.left_out[file] = str(error)
+                continue
+            self.files.append(file)
+            self._written[file] = written
+            with opened as stored:
                 for key in stored.keys():  # noqa: SIM118
                     # A name that an earlier file has too, as of another commit, is told apart by its file.
                     unique = key if key not in self.tensors else f"{file}:{key}"
@@ -121,19 +134,28 @@ class MappedFiles:
         self._written = {file: self._written[file] for file in self.files}
         self._starts.clear()
 
-    def check(self) -> None:
-        """Refuse files that were written to since they were mapped; takes microseconds.
+    def check(self, unchanged: Callable[[str], bool]) -> None:
+        """Refuse files that were written to since they were mapped and hold other values; takes microseconds.
+
+        Args:
+            unchanged: whether a tensor has the values that it had, by its name in the files. Asked of those of a file
+                that was written to, which takes as long as reading it, once.
 
         Raises:
-            RuntimeError: one was; the reference is no longer the one it was.
+            ReferenceWrittenError: one holds other values, or has become shorter, so that reading it would end the
+                process.
         """
         for file, then in self._written.items():
             now = _written(file)
-            if now != then and now[:1] == then[:1]:  # the same file, not another in its place
-                raise RuntimeError(
+            if now == then or now[:1] != then[:1]:  # as it was, or another in its place
+                continue
+            held = [name for name in self.tensors if self._file[name] == file]
+            if now[1] < then[1] or not all(unchanged(name) for name in held):
+                raise ReferenceWrittenError(
                     f"`{file}`, which holds the reference, was written to after the Trainer was made; expected a file "
                     "that stays as it is. Load the pretrained model again, and write to another folder."
                 )
+            self._written[file] = now
 
     def find(self, parameters: Mapping[str, Tensor]) -> dict[str, str]:
         """Return the name in the files of each parameter that is there bit for bit, in its dtype or before a cast.

@@ -10,11 +10,18 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tl_callbacks.anchoring.likelihood import IGNORED, draw_labels, log_likelihood, predicts_next_token
+from tl_callbacks.anchoring.likelihood import (
+    draw_labels,
+    log_likelihood,
+    mean_loss,
+    predicts_each_label,
+    predicts_next_token,
+)
 
 Sample = dict[Any, Any] | tuple[Any, ...]
 """A batch of one row: a dict with the labels in it, or (inputs, labels)."""
 Loss = Callable[[Any, Any], Tensor]
+_ALONE = "one backward a sample"
 _LABELS = ("labels", "label", "label_ids")
 
 
@@ -26,12 +33,15 @@ def samples_of(batch: Mapping[str, Any] | Sequence[Any], device: torch.device) -
         device: where the rows should be.
 
     Raises:
-        ValueError: its tensors differ in their rows.
+        ValueError: it is neither a dict nor a tuple with labels, or its tensors differ in their rows.
 
     Example:
         >>> [sample["x"].tolist() for sample in samples_of({"x": torch.tensor([1, 2])}, torch.device("cpu"))]
         [[1], [2]]
     """
+    if isinstance(batch, Tensor) or (not isinstance(batch, Mapping) and len(batch) < 2):
+        what = "one tensor" if isinstance(batch, Tensor) else f"a {type(batch).__name__} of {len(batch)}"
+        raise ValueError(f"a batch is {what}; expected a dict with `labels`, or a tuple (inputs, labels).")
     entries: dict[Any, Any] = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
     entries = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in entries.items()}
     rows = {key: len(value) if value.ndim else 0 for key, value in entries.items() if isinstance(value, Tensor)}
@@ -58,21 +68,27 @@ class SquaredGradients:
         # Parameters of their own with the same memory: what the user froze or accumulated stays as it is.
         self.parameters = {name: nn.Parameter(parameter.detach()) for name, parameter in parameters.items()}
         self.loss = loss
-        self.vectorised: bool | None = None
+        self._ways: dict[str, None] = {}
+        self._vectorise = True  # until the model's forward cannot be
         self._next_token = predicts_next_token(model)
+        self._each_label = predicts_each_label(model)
         self._encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+    @property
+    def way(self) -> str:
+        """How the gradients were taken."""
+        return ", then ".join(self._ways or [_ALONE])
 
     def add(self, samples: Sequence[Sample], sums: Mapping[str, Tensor]) -> None:
         """Add the samples' squared gradients to `sums` in place."""
-        if self.vectorised is not False and len(samples) > 1 and _alike(samples):
+        if self._vectorise and len(samples) > 1 and _alike(samples):
             try:
                 gradients = self._together(samples)
-            except (RuntimeError, ValueError, NotImplementedError):
-                if self.vectorised:
-                    raise
-                self.vectorised = False
+            except (RuntimeError, ValueError, NotImplementedError):  # an error of the samples' own comes again below
+                self._vectorise = False
+                self._ways[_ALONE] = None
             else:
-                self.vectorised = True
+                self._ways["torch.func"] = None
                 for name, gradient in gradients.items():  # they may share memory: no square in place
                     sums[name].add_(gradient.to(sums[name].dtype).square().sum(0))
                 return
@@ -86,11 +102,11 @@ class SquaredGradients:
         with torch.no_grad():
             logits = _logits(self.model, self._inputs(sample))
         key, labels = _labels(sample)
-        drawn = draw_labels(logits, labels, generator, next_token=self._next_token)
+        drawn = draw_labels(logits, labels, generator, **self._meaning)
         return {**sample, key: drawn} if isinstance(sample, dict) else (*sample[:-1], drawn)
 
     def check_loss(self, sample: Sample) -> None:
-        """Raise if the model's own loss of a sample with classes for labels is not what its logits give.
+        """Raise if the model's own loss of a sample is not the one that belongs to what is taken for its likelihood.
 
         Raises:
             ValueError: it is not.
@@ -102,17 +118,20 @@ class SquaredGradients:
             return
         with torch.no_grad():
             outputs = self.model(**sample)
+            self._each_label = predicts_each_label(self.model)  # settled by the first loss at the latest
             own = outputs.get("loss") if isinstance(outputs, Mapping) else None
-            terms = int((labels[..., 1:] if self._next_token else labels).ne(IGNORED).sum())
-            if own is None or labels.is_floating_point() or terms == 0:
+            if own is None:
                 return
-            ours = -log_likelihood(_logits_in(outputs), labels, next_token=self._next_token) / terms
-        if not torch.allclose(own.double(), ours.double(), rtol=2e-2, atol=1e-3):
+            ours, name = mean_loss(_logits_in(outputs), labels, **self._meaning)
+        if not ours.isnan() and not torch.allclose(own.double(), ours.double(), rtol=2e-2, atol=1e-3):
             raise ValueError(
                 f"the loss of {type(self.model).__name__} for the first sample is {float(own):.6g}, but the "
-                f"cross-entropy of its logits is {float(ours):.6g}. Give `loss`, such as "
-                "lambda outputs, batch: outputs.loss."
+                f"{name} of its logits is {float(ours):.6g}. Give `loss`, such as lambda outputs, batch: outputs.loss."
             )
+
+    @property
+    def _meaning(self) -> dict[str, bool]:
+        return {"next_token": self._next_token, "each_label": self._each_label}
 
     def _negative(self, parameters: Mapping[str, Tensor], sample: Sample) -> Tensor:
         """Return a sample's negative log-likelihood as a function of the parameters."""
@@ -120,7 +139,7 @@ class SquaredGradients:
             inputs = sample if isinstance(sample, dict) else sample[:-1]
             return self.loss(_call(_Functional(self.model, parameters), inputs), sample)
         logits = _logits(_Functional(self.model, parameters), self._inputs(sample))
-        return -log_likelihood(logits, _labels(sample)[1], next_token=self._next_token)
+        return -log_likelihood(logits, _labels(sample)[1], **self._meaning)
 
     def _inputs(self, sample: Sample) -> dict[str, Any] | tuple[Any, ...]:
         """Return what the model is called with: no labels, except where a decoder's input is made of them."""
@@ -179,7 +198,7 @@ def _logits_in(outputs: Any) -> Tensor:
 
 def _labels(sample: Sample) -> tuple[str, Tensor]:
     if not isinstance(sample, dict):
-        if len(sample) < 2 or not isinstance(sample[-1], Tensor):
+        if not isinstance(sample[-1], Tensor):
             raise ValueError("a batch that is a tuple must be (inputs, labels), with tensors.")
         return "", sample[-1]
     for key in _LABELS:

@@ -29,8 +29,6 @@ class Reference:
     Make it with `Reference.take`, before anything is loaded or trained.
 
     Attributes:
-        tensors: name to whole tensor: copies, or tensors that are mapped from the checkpoint's files. Do not write
-            into them.
         mapped: name to the name in the files, of those that are mapped.
         copied: name to why it is copied, where mapping was asked for.
     """
@@ -38,7 +36,7 @@ class Reference:
     def __init__(self, source: Source, dtype: torch.dtype | None, device: str | torch.device | None) -> None:
         self.kind: Literal["memory", "given", "checkpoint"]
         self.kind = "memory" if source is None else "checkpoint" if source == "checkpoint" else "given"
-        self.tensors: dict[str, Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
         self.mapped: dict[str, str] = {}
         self.copied: dict[str, str] = {}
         self._files: MappedFiles | None = None
@@ -94,16 +92,22 @@ class Reference:
         taken._dtypes = {name: parameters[name].dtype for name in names}
         if source is None:
             taken._hashes = _hashes({name: parameters[name] for name in names})
-            taken.tensors = snapshot(model, names, dtype=dtype, device=device)
+            taken._tensors = snapshot(model, names, dtype=dtype, device=device)
         elif isinstance(source, str):
             taken._map(model, {name: parameters[name].detach() for name in names})
-            if not taken.mapped and not any(tensor.is_meta for tensor in taken.tensors.values()):
+            if not taken.mapped and not any(tensor.is_meta for tensor in taken._tensors.values()):
                 warnings.warn(f"{taken.summary()}. Nothing is mapped.", NoEffectWarning, stacklevel=2)
         else:
             tensors = given(model, names, source)
             taken._hashes = _hashes(tensors)
-            taken.tensors = {name: moved(tensor, dtype, device) for name, tensor in tensors.items()}
+            taken._tensors = {name: moved(tensor, dtype, device) for name, tensor in tensors.items()}
         return taken
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Name to whole tensor: copies, or mapped from the files, which are checked first. Do not write to them."""
+        self.check()
+        return self._tensors
 
     @property
     def fingerprint(self) -> str | None:
@@ -127,7 +131,7 @@ class Reference:
 
     def summary(self) -> str:
         """Return where the reference lives, in words, and why where not all of it is where it was asked for."""
-        held = list(self.tensors.values())
+        held = list(self._tensors.values())
         text = f"the reference: {len(held)} tensors"
         if self._files is None:
             kinds = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in held})
@@ -138,28 +142,33 @@ class Reference:
         for why, count in Counter(self.copied.values()).items():
             first = next(name for name in self.copied if self.copied[name] == why)
             text += f"; {count} of {len(held)} are copied, as they {why}: `{first}`{' and others' * (count > 1)}"
+        for file, why in self._files.left_out.items():
+            text += f"; `{file}` is left out, as it cannot be read ({why})"
         return text
 
     def facts(self) -> dict[str, Any]:
         """Return kind, fingerprint and number of tensors, and of mapped ones the files and why others are copied."""
         facts: dict[str, Any] = {
-            "kind": self.kind, "fingerprint": self.fingerprint, "tensors": len(self.tensors),
+            "kind": self.kind, "fingerprint": self.fingerprint, "tensors": len(self._tensors),
             "dtype": self._dtype and str(self._dtype).removeprefix("torch."),
             "device": self._device and str(self._device),
         }  # fmt: skip
         if self._files is not None:
             facts |= {"files": [file.name for file in self._files.files], "mapped": len(self.mapped)}
+            facts["left_out"] = {file.name: why for file, why in self._files.left_out.items()}
             facts["copied"] = {f"they {why}": count for why, count in Counter(self.copied.values()).items()}
         return facts
 
     def check(self) -> None:
-        """Refuse a checkpoint's file that was written to since it was mapped. Takes microseconds.
+        """Refuse a checkpoint's file that was written to since it was mapped and holds other values.
+
+        Takes microseconds; of a file that was only touched, once as long as reading it.
 
         Raises:
             RuntimeError: one was.
         """
         if self._files is not None:
-            self._files.check()
+            self._files.check(self._unchanged)
 
     def agree(self) -> set[str]:
         """Take the first rank's values for all, once; return the names whose values differed. Call it on all ranks."""
@@ -170,7 +179,7 @@ class Reference:
     def leave_out(self, names: Iterable[str]) -> None:
         """Forget tensors that are no part of the reference after all. Give all ranks the same."""
         for name in names:
-            for held in (self.tensors, self.mapped, self.copied, self._dtypes, self._hashes):
+            for held in (self._tensors, self.mapped, self.copied, self._dtypes, self._hashes):
                 held.pop(name, None)
 
     @torch.no_grad()
@@ -191,12 +200,12 @@ class Reference:
         self.check()
         parameters, differing = parameters_by_name(model), self.agree()
         result = {}
-        for name in self.tensors:
+        for name in self._tensors:
             like, differs = parameters[name], name in differing
             follows = name not in self.mapped and self._dtype is None and self._device is None
             if differs and not isinstance(like, DTensor):
-                self.tensors[name] = self._from_first(name, like)
-            tensor = self.tensors[name]
+                self._tensors[name] = self._from_first(name, like)
+            tensor = self._tensors[name]
             if follows:
                 result[name] = placed_like(tensor, like)  # the first rank's
             elif differs and isinstance(like, DTensor):
@@ -212,6 +221,13 @@ class Reference:
             return tensor.to(was)  # loaded in a low precision, and trained in a higher one
         return tensor
 
+    def _unchanged(self, key: str) -> bool:
+        """Return whether what is mapped from a tensor of the files has the values it had."""
+        assert self._files is not None
+        stored = self._files.tensors[key]
+        names = [name for name, mapped in self.mapped.items() if mapped == key]
+        return all(tensor_hash(stored.to(self._dtypes[name])) == self._hashes[name] for name in names)
+
     def _map(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         """Take the parameters from the files where they are there, and copy the others."""
         self._files = MappedFiles(checkpoint_files(model))
@@ -221,9 +237,9 @@ class Reference:
         prefix = str(getattr(base_model(model), "base_model_prefix", ""))
         for name, parameter in parameters.items():
             if name in self.mapped:
-                self.tensors[name] = self._files.tensors[self.mapped[name]]
+                self._tensors[name] = self._files.tensors[self.mapped[name]]
             else:
-                self.tensors[name] = parameter.clone()
+                self._tensors[name] = parameter.clone()
                 if not parameter.is_meta:
                     self.copied[name] = self._files.why_not(name, parameter, prefix)
         if not any(parameter.is_meta for parameter in parameters.values()):
@@ -237,7 +253,7 @@ class Reference:
         dist.broadcast_object_list(shared, src=0)
         hashes, mapped, copied = shared[0]
         for name, key in mapped.items():
-            if self._files is not None and self.tensors[name].is_meta:
+            if self._files is not None and self._tensors[name].is_meta:
                 self._map_meta(name, key, hashes[name])
         mine = {name for name, value in hashes.items() if self._hashes.get(name) != value}
         mine |= {name for name in hashes if (name in self.mapped) != (name in mapped)}
@@ -247,7 +263,7 @@ class Reference:
         differing = set().union(*gathered)
         self.copied |= {name: "differ between the ranks" for name in differing if name in mapped}
         for name in differing & self.mapped.keys():  # the first rank's will be written over them
-            self.tensors[name] = self.tensors[name].to(self._dtypes[name], copy=True)
+            self._tensors[name] = self._tensors[name].to(self._dtypes[name], copy=True)
             del self.mapped[name]
         return differing
 
@@ -255,14 +271,14 @@ class Reference:
         """Map what the first rank has mapped, on a rank that has no weights to compare with, if it is the same."""
         assert self._files is not None
         stored = self._files.tensors.get(key)
-        if stored is not None and stored.shape == self.tensors[name].shape:
+        if stored is not None and stored.shape == self._tensors[name].shape:
             found = tensor_hash(stored.to(self._dtypes[name]))
             if found == expected:
-                self.tensors[name], self.mapped[name], self._hashes[name] = stored, key, found
+                self._tensors[name], self.mapped[name], self._hashes[name] = stored, key, found
 
     def _from_first(self, name: str, like: Tensor) -> Tensor:
         """Return the first rank's tensor as a copy on all ranks."""
-        copy = self.tensors[name].to(like.device, self._dtypes[name], copy=True)
+        copy = self._tensors[name].to(like.device, self._dtypes[name], copy=True)
         dist.broadcast(copy, src=0)
         return moved(copy, self._dtype, self._device)
 

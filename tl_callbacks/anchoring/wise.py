@@ -1,5 +1,6 @@
 """The adapter: a training ends between the pretrained weights and the tuned ones (WiSE-FT)."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from tl_callbacks import events
-from tl_callbacks.anchoring.beside import floating_buffers, saved
-from tl_callbacks.anchoring.interpolation import Place, choose, interpolate_
+from tl_callbacks.anchoring.beside import as_given, buffers_of, floating_buffers, saved
+from tl_callbacks.anchoring.interpolation import Place, as_row, choose, interpolate_
+from tl_callbacks.anchoring.mapped import ReferenceWrittenError
+from tl_callbacks.anchoring.measuring import UnknownMetricError, evaluated, names_of, number, prefix
 from tl_callbacks.anchoring.referenced import WithReference
 from tl_callbacks.callbacks import TransferCallback, announce
 from tl_callbacks.dtensors import local, reshard
+from tl_callbacks.errors import NoEffectWarning
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.parameters import parameters_by_name
 from tl_callbacks.reading.quiet import evaluating, random_states_kept
@@ -38,8 +42,11 @@ class WeightInterpolation(WithReference):
     goes into `recipe.json`. It comes after `load_best_model_at_end`; what `trainer.save_model()` saves then is the
     model at the chosen place, while checkpoints hold the tuned weights.
 
-    The head is not interpolated unless `exclude` says so: its pretrained weights are random. A run that is resumed with
-    another reference is refused, as by `WeightAnchoring`.
+    The head is not interpolated unless `exclude` says so: its pretrained weights are random. The statistics of a norm
+    go with its parameters. A run that is resumed with another reference is refused, as by `WeightAnchoring`.
+
+    The tuned weights stay, with a warning, where the metric is a finite number at no place, and where the evaluation
+    gives no such metric and the training had none that would have told.
 
     With LoRA adapters that add nothing at the start, alpha scales what they add: theta = theta_pre + alpha * s * B A.
     The factor that was zero is interpolated and the other stays tuned. Other adapters are interpolated between their
@@ -47,9 +54,10 @@ class WeightInterpolation(WithReference):
 
     Args:
         alphas: the grid, each from 0 (pretrained) to 1 (tuned); 1 is always evaluated.
-        metric: name of a metric of the evaluation, with `eval_` or without; None: `args.metric_for_best_model`, or the
-            loss.
-        greater_is_better: None: `args.greater_is_better`, or by the name: a loss is better if it is smaller.
+        metric: name of a metric of the evaluation, with `eval_` (and the name of `dataset`) or without; None:
+            `args.metric_for_best_model`, or the loss.
+        greater_is_better: None: `args.greater_is_better` if the metric is `args.metric_for_best_model`, or by the name:
+            a loss is better if it is smaller.
         retention: called at each place, without arguments and on all ranks; returns the retention of the model as it
             is, such as `monitor.retention` of a `ForgettingMonitor`.
         min_retention: the least retention, above 0 and up to 1; None: any.
@@ -62,6 +70,7 @@ class WeightInterpolation(WithReference):
 
     Raises:
         ValueError: an alpha or `min_retention` is out of range, or `min_retention` is given without `retention`.
+        ValueError: at the first evaluation of the training: it does not give the metric.
         RuntimeError: when training begins: the run that is resumed began with another reference.
 
     Example:
@@ -108,7 +117,7 @@ class WeightInterpolation(WithReference):
         self.places: list[Place] = []
         """What was measured, by ascending alpha; empty before training has ended."""
         self.chosen: Place | None = None
-        """The place where the model was left; None before training has ended."""
+        """The place where the model was left; None before training has ended, and where the metric is unknown."""
         self._buffers: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
@@ -150,16 +159,29 @@ class WeightInterpolation(WithReference):
         reference.leave_out([n for n, p in parameters_by_name(kwargs["model"]).items() if id(p) in still])
         self._prove(state)
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Refuse a metric that the training's own evaluation does not give, before more is trained.
+
+        Raises:
+            UnknownMetricError: it does not.
+        """
+        metrics, ours = kwargs.get("metrics") or {}, f"{prefix(self.dataset)}_runtime"
+        if self.trainer is not None and self.trainer.is_in_train and ours in metrics:
+            number(metrics, self._name(args), self.dataset)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Evaluate each place, and leave the model at the chosen one."""
-        self.chosen = self._walk(kwargs["model"], args)
-        curve = [place._asdict() for place in self.places]
+        try:
+            self.chosen = self._walk(kwargs["model"], args)
+        except (UnknownMetricError, ReferenceWrittenError) as error:  # the training is over: nothing of it is lost
+            warnings.warn(f"{error} The model keeps its tuned weights.", NoEffectWarning, stacklevel=2)
+            return
+        curve, where = [as_row(place) for place in self.places], f"alpha = {self.chosen.alpha:g}"
         events.emit(state.log_history, "interpolation", step=state.global_step, alpha=self.chosen.alpha, curve=curve)
         self.log({"tl/interpolation/alpha": self.chosen.alpha}, state)
-        where = f"at alpha = {self.chosen.alpha:g} of {len(curve)} places{self._where()}"
-        announce(f"WeightInterpolation leaves the model {where}", state)
+        announce(f"WeightInterpolation leaves the model at {where} of {len(curve)} places{self._where()}", state)
         self._warn(self.chosen)
 
     def facts(self) -> dict[str, Any]:
@@ -167,7 +189,7 @@ class WeightInterpolation(WithReference):
         return {
             "metric": self.metric,
             "min_retention": self.min_retention,
-            "curve": [place._asdict() for place in self.places],
+            "curve": [as_row(place) for place in self.places],
             "alpha": self.chosen and self.chosen.alpha,
             **super().facts(),
         }
@@ -180,8 +202,9 @@ class WeightInterpolation(WithReference):
         return [name for name in names if parameters[name].is_floating_point()]
 
     def _keep(self, model: nn.Module, names: list[str]) -> Mapping[str, Tensor]:
-        """Keep the statistics of norms and the like, which training moves too."""
-        self._buffers = {name: buffer.detach().clone() for name, buffer in floating_buffers(model).items()}
+        """Keep the statistics of norms and the like, which training moves too, of what is interpolated."""
+        given = self.reference if isinstance(self.reference, Mapping) else None
+        self._buffers = as_given(buffers_of(model, names), given)
         return saved(model, self._buffers)
 
     def _walk(self, model: nn.Module, args: TrainingArguments) -> Place:
@@ -211,7 +234,14 @@ class WeightInterpolation(WithReference):
             raise
 
     def _warn(self, chosen: Place) -> None:
-        if self.min_retention is not None and not (chosen.retention or 0) >= self.min_retention:
+        if not math.isfinite(chosen.metric):
+            warnings.warn(
+                f"the metric of WeightInterpolation is {chosen.metric} at every place between the pretrained and the "
+                "tuned weights; the model keeps its tuned weights. Look at the development set and at compute_metrics.",
+                NoEffectWarning,
+                stacklevel=4,
+            )
+        elif self.min_retention is not None and not (chosen.retention or 0) >= self.min_retention:
             warnings.warn(
                 f"no place between the pretrained and the tuned weights retains {self.min_retention:g}; the model is "
                 f"left at alpha = {chosen.alpha:g}, where retention is {chosen.retention:.4g}, the most there is. "
@@ -222,31 +252,20 @@ class WeightInterpolation(WithReference):
 
     def _measured(self, trainer: Trainer, alpha: float) -> Place:
         """Return the metric and the retention of the model as it is."""
-        output = trainer.evaluation_loop(
-            trainer.get_eval_dataloader(self.dataset),
-            "Interpolation",
-            prediction_loss_only=True if trainer.compute_metrics is None else None,
-        )
-        name = self._name(trainer.args)
-        assert output.metrics is not None
-        if name not in output.metrics:
-            raise ValueError(
-                f"the evaluation gives no `{name}`; it gives {', '.join(output.metrics)}. Give one of them as `metric` "
-                "of WeightInterpolation. The model keeps its tuned weights."
-            )
+        metric = number(evaluated(trainer, self.dataset), self._name(trainer.args), self.dataset)
         retention = None if self.retention is None else float(self.retention())
-        return Place(alpha, float(output.metrics[name]), retention)
+        return Place(alpha, metric, retention)
 
     def _name(self, args: TrainingArguments) -> str:
-        name = self.metric or args.metric_for_best_model or "loss"
-        return name if name.startswith("eval_") else f"eval_{name}"
+        return self.metric or args.metric_for_best_model or "loss"
 
     def _greater(self, args: TrainingArguments) -> bool:
         if self.greater_is_better is not None:
             return self.greater_is_better
-        if self.metric is None and args.metric_for_best_model is not None and args.greater_is_better is not None:
+        ours, best = names_of(self._name(args), self.dataset), args.metric_for_best_model
+        if best is not None and args.greater_is_better is not None and set(ours) & set(names_of(best, self.dataset)):
             return bool(args.greater_is_better)
-        return not self._name(args).endswith("loss")
+        return not ours[0].endswith("loss")
 
 
 def _move(model: nn.Module, pairs: Sequence[_Between], alpha: float) -> None:
