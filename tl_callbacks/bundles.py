@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from tl_callbacks.anchoring.callback import FormName, WeightAnchoring
-from tl_callbacks.anchoring.forms import Form
+from tl_callbacks.anchoring.forms.form import Form
 from tl_callbacks.discovery import group_layers
 from tl_callbacks.frozen.state import openable
 from tl_callbacks.groups import LayerGroups

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from tests import scaler, tiny
 from tl_callbacks import GradualUnfreezing, WeightAnchoring, at_steps, attach, group_layers
 from tl_callbacks.anchoring import Outputs, distillation_loss, feature_distance
-from tl_callbacks.anchoring.beside import as_reference, floating_buffers
+from tl_callbacks.anchoring.reference.beside import as_reference, floating_buffers
 
 STRENGTH = 5.0
 FORMS: dict[str, Callable[[], Any]] = {"features": lambda: "features", "outputs": lambda: Outputs(temperature=3.0)}

@@ -31,7 +31,7 @@ from tests.families import FAMILIES
 from tests.launching import launch
 from tl_callbacks import NoEffectWarning, WeightAnchoring, attach, group_layers
 from tl_callbacks.anchoring import Reference
-from tl_callbacks.anchoring.mapped import same_bits
+from tl_callbacks.anchoring.reference.mapped import same_bits
 from tl_callbacks.parameters import parameters_by_name
 
 GPT2 = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50, n_positions=16, pad_token_id=0)

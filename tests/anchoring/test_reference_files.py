@@ -11,7 +11,7 @@ from transformers import BertForSequenceClassification, TrainerCallback
 from tests import tiny
 from tests.anchoring.test_reference import bert_from_body, body, taken, unequal
 from tl_callbacks import NoEffectWarning, WeightAnchoring, WeightInterpolation, attach
-from tl_callbacks.anchoring.mapped import same_bits
+from tl_callbacks.anchoring.reference.mapped import same_bits
 
 
 def overwrite(file: Path) -> None:

@@ -33,7 +33,7 @@ from tests.benchmarks.timing import ROWS, Stop, Stopwatch, arguments, ratios_in_
 from tests.launching import launch
 from tl_callbacks import WeightAnchoring, attach
 from tl_callbacks.anchoring import Decoupled
-from tl_callbacks.anchoring.forms import Opening
+from tl_callbacks.anchoring.forms.form import Opening
 
 STEPS, WARM_UP = 3, 1  # per segment
 TOKENS = 64

@@ -19,7 +19,7 @@ from tl_callbacks import (
     every,
     group_layers,
 )
-from tl_callbacks.probing.reference import without_adapters
+from tl_callbacks.reading.adapters import without_adapters
 
 LORA = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
 LOOKS: dict[str, Any] = {

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from tl_callbacks.anchoring.decoupled import Decoupled
-from tl_callbacks.anchoring.forms import Form, Opening
-from tl_callbacks.anchoring.kept_features import Features
-from tl_callbacks.anchoring.mixing import Mixout
-from tl_callbacks.anchoring.old_outputs import Outputs
-from tl_callbacks.anchoring.pairing import group_distances, pair
-from tl_callbacks.anchoring.penalty import Penalty
-from tl_callbacks.anchoring.referenced import WithReference
-from tl_callbacks.anchoring.updates import LoraUpdate
+from tl_callbacks.anchoring.forms.decoupled import Decoupled
+from tl_callbacks.anchoring.forms.features import Features
+from tl_callbacks.anchoring.forms.form import Form, Opening
+from tl_callbacks.anchoring.forms.mixout import Mixout
+from tl_callbacks.anchoring.forms.outputs import Outputs
+from tl_callbacks.anchoring.forms.pairing import group_distances, pair
+from tl_callbacks.anchoring.forms.penalty import Penalty
+from tl_callbacks.anchoring.operations.lora import LoraUpdate
+from tl_callbacks.anchoring.reference.proof import WithReference
 from tl_callbacks.callbacks import announce
 from tl_callbacks.dtensors import reshard
 from tl_callbacks.errors import NoEffectWarning
@@ -65,8 +65,8 @@ class WeightAnchoring(WithReference):
         reference_dtype: of the copies, such as torch.bfloat16, which takes half the memory of float32 and pulls toward
             rounded weights; None: the parameters'. Not with "checkpoint".
         reference_device: of the copies, such as "cpu"; None: the parameters'. Not with "checkpoint".
-        exclude: names or patterns of groups without anchor; None: the head group, whose weights are new, unless
-            `strength` names it; (): none.
+        exclude: names or patterns of groups without anchor; None: the head group, whose weights are new, unless it
+            is a language model's or `strength` names it; (): none.
         groups: the layer groups; None: `group_layers(model)`.
 
     Raises:
@@ -235,7 +235,7 @@ class WeightAnchoring(WithReference):
         strengths = groups.by_group(self.strength, default=0.0)
         by_pattern = self.strength if isinstance(self.strength, Mapping) else {}
         named = groups.head in by_pattern and self.exclude is None
-        excluded = () if named else self._excluded(groups)
+        excluded = () if named else self._excluded(model, groups)
         for pattern, value in by_pattern.items():
             if value > 0 and set(groups.select([pattern])) <= set(excluded):
                 raise ValueError(

@@ -18,7 +18,8 @@ from tl_callbacks.forgetting.measures import Measure
 from tl_callbacks.forgetting.readings import Change, Reading, compare
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.parameters import parameters_by_name
-from tl_callbacks.probing.reference import digest, first_ranks, same_on_all_ranks, without_adapters
+from tl_callbacks.probing.reference import digest, first_ranks, same_on_all_ranks
+from tl_callbacks.reading.adapters import without_adapters
 
 
 class Panel:

@@ -30,10 +30,10 @@ from tl_callbacks.probing.reference import (
     random_twin,
     same_on_all_ranks,
     weights_now,
-    without_adapters,
 )
 from tl_callbacks.probing.rows import Source
 from tl_callbacks.probing.targets import why_no_probe
+from tl_callbacks.reading.adapters import without_adapters
 from tl_callbacks.reading.pooling import Pooling
 
 

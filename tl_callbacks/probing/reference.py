@@ -2,8 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +12,8 @@ from transformers import PreTrainedModel
 
 from tl_callbacks.dtensors import whole
 from tl_callbacks.fingerprints import base_model, tensor_hash
-from tl_callbacks.frozen.state import requires_grad_kept
 from tl_callbacks.groups import LayerGroups
-from tl_callbacks.parameters import is_peft, parameters_by_name
+from tl_callbacks.parameters import parameters_by_name
 from tl_callbacks.reading.quiet import random_states_kept
 
 _LARGE = 256 << 20  # bytes of reference features, above which they are kept in bfloat16
@@ -95,17 +93,6 @@ def same_on_all_ranks(value: str) -> bool:
 def first_ranks(value: Any) -> Any:
     """Return the value that the first rank has. Call it on all ranks."""
     return broadcast_object_list([value])[0]
-
-
-@contextmanager
-def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Let a PEFT model compute what its base computes; what trains is what trained before."""
-    if not is_peft(model):
-        yield
-        return
-    # PEFT opens every adapter that it switches on again, those too that were frozen or waited for their turn.
-    with requires_grad_kept(model), model.disable_adapter():  # type: ignore[operator]
-        yield
 
 
 def compact(features: dict[str, Tensor]) -> dict[str, Tensor]:

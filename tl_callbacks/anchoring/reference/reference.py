@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tl_callbacks.anchoring.copies import given, moved, snapshot
-from tl_callbacks.anchoring.mapped import MappedFiles, checkpoint_files
+from tl_callbacks.anchoring.reference.copies import given, moved, snapshot
+from tl_callbacks.anchoring.reference.mapped import MappedFiles, checkpoint_files
 from tl_callbacks.dtensors import local, placed_like, shard_like
 from tl_callbacks.errors import NoEffectWarning
 from tl_callbacks.fingerprints import base_model, tensor_hash

@@ -1,16 +1,18 @@
-"""WiSE-FT and the statistics of norms: they go with the parameters beside them, and come from what was given."""
+"""What WiSE-FT moves: the statistics of norms with the parameters beside them, and a language model's head."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import tiny
-from tests.anchoring.test_wise import held_at_0, trained
-from tl_callbacks import WeightInterpolation, group_layers
+from tests.anchoring.test_weight_interpolation import held_at_0, trained
+from tl_callbacks import WeightAnchoring, WeightInterpolation, attach, group_layers
 
 
 class NormsInTheHead(nn.Module):
@@ -57,3 +59,24 @@ def test_a_reference_that_is_given_has_statistics_of_its_own(tmp_path: Path) -> 
     wrong = WeightInterpolation(exclude=(), reference={**given, name: torch.zeros(1)})
     with pytest.raises(ValueError, match=rf"reference of `{name}` has shape \(1,\); expected"):
         tiny.trainer(tiny.resnet(), tiny.arguments(tmp_path), tiny.images(), callbacks=[wrong])
+
+
+@pytest.mark.parametrize(("tied", "adapted"), [(False, False), (False, True), (True, False)])
+def test_a_language_models_head_is_pretrained(tied: bool, adapted: bool, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(config)
+    before = tiny.state(model)
+    if adapted:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in tiny.texts()]
+    anchor = WeightAnchoring(0.1)
+    trainer = tiny.trainer(model, tiny.arguments(tmp_path, max_steps=4), rows, callbacks=[held_at_0(), anchor])
+    attach(trainer)
+    assert any("lm_head" in name for name in anchor._names(model)) is (adapted or not tied)
+    trainer.train()
+    after = model.merge_and_unload() if adapted else model
+    assert not tiny.moved(before, tiny.state(after)), "at 0 all of the model is the pretrained one"

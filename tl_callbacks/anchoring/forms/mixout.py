@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerState
 
-from tl_callbacks.anchoring.forms import Form, Opening, passed_by
-from tl_callbacks.anchoring.mixout import mix_, mixed_gradient, mixout_mask
+from tl_callbacks.anchoring.forms.form import Form, Opening, passed_by
+from tl_callbacks.anchoring.operations.mixout import mix_, mixed_gradient, mixout_mask
 from tl_callbacks.sharding import sharding
 
 

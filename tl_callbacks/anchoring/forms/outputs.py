@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tl_callbacks.anchoring.activations import Activations, head_parameters
-from tl_callbacks.anchoring.features import distillation_loss
-from tl_callbacks.anchoring.observing import Observed
+from tl_callbacks.anchoring.forms.activations import Activations, head_parameters
+from tl_callbacks.anchoring.forms.observing import Observed
+from tl_callbacks.anchoring.operations.features import distillation_loss
 from tl_callbacks.fingerprints import base_model
 from tl_callbacks.frozen.state import openable
 from tl_callbacks.groups import LayerGroups

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from tl_callbacks.anchoring.activations import Activations, has_prompt, head_parameters
-from tl_callbacks.anchoring.features import feature_distance
-from tl_callbacks.anchoring.observing import Observed
+from tl_callbacks.anchoring.forms.activations import Activations, head_parameters
+from tl_callbacks.anchoring.forms.observing import Observed
+from tl_callbacks.anchoring.operations.features import feature_distance
 from tl_callbacks.frozen.state import openable
 from tl_callbacks.groups import LayerGroups
+from tl_callbacks.reading.adapters import has_prompt
 from tl_callbacks.reading.points import ReadPoint, read_points
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests import tiny
 from tl_callbacks import WeightAnchoring, attach
 from tl_callbacks.anchoring import LoraUpdate, lora_updates, shrink_, update_gradients, update_norm
-from tl_callbacks.anchoring.below import weights_below, with_updates
+from tl_callbacks.anchoring.reference.below import weights_below, with_updates
 
 
 class Net(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tl_callbacks.anchoring import distance, half_life, penalty_gradient, pull_
-from tl_callbacks.anchoring.penalties import PIECE, pieces
+from tl_callbacks.anchoring.operations.pulls import PIECE, pieces
 
 
 def test_pull_removes_the_share_of_the_distance() -> None:

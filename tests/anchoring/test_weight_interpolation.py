@@ -20,7 +20,7 @@ from tl_callbacks import (
     events,
     group_layers,
 )
-from tl_callbacks.anchoring.interpolation import Place, choose, interpolate_
+from tl_callbacks.anchoring.operations.interpolation import Place, choose, interpolate_
 
 
 def accuracy(prediction: Any) -> dict[str, float]:

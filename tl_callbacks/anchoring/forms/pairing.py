@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tl_callbacks.anchoring.forms import Anchored, AnchoredUpdate
-from tl_callbacks.anchoring.penalties import distance
-from tl_callbacks.anchoring.updates import LoraUpdate, update_norm
+from tl_callbacks.anchoring.forms.form import Anchored, AnchoredUpdate
+from tl_callbacks.anchoring.operations.lora import LoraUpdate, update_norm
+from tl_callbacks.anchoring.operations.pulls import distance
 from tl_callbacks.groups import LayerGroup
 
 

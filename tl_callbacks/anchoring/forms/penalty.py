@@ -8,10 +8,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerState
 
-from tl_callbacks.anchoring.fisher import check_importance, weights_elsewhere
-from tl_callbacks.anchoring.forms import Form, Opening, passed_by
-from tl_callbacks.anchoring.penalties import penalty_gradient
-from tl_callbacks.anchoring.updates import update_gradients
+from tl_callbacks.anchoring.fisher.diagonal import check_importance, weights_elsewhere
+from tl_callbacks.anchoring.forms.form import Form, Opening, passed_by
+from tl_callbacks.anchoring.operations.lora import update_gradients
+from tl_callbacks.anchoring.operations.pulls import penalty_gradient
 from tl_callbacks.dtensors import placed_like
 from tl_callbacks.parameters import parameters_by_name
 

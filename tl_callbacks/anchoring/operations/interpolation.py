@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tl_callbacks.anchoring.penalties import pieces
+from tl_callbacks.anchoring.operations.pulls import pieces
 from tl_callbacks.dtensors import local
 
 

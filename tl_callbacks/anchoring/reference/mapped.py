@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tl_callbacks.anchoring.penalties import pieces
+from tl_callbacks.anchoring.operations.pulls import pieces
 
 _SUFFIX = ".safetensors"
 _START = 64  # elements by which tensors of one shape are told apart before all of their bits are compared

@@ -4,8 +4,8 @@ They run the reference on each micro-batch, once, without gradient, and add a te
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerState
 
-from tl_callbacks.anchoring.beside import as_reference, floating_buffers, saved
-from tl_callbacks.anchoring.forms import Form, Opening
-from tl_callbacks.anchoring.loss_term import LossTerm
-from tl_callbacks.anchoring.observing import Observed, Observer
+from tl_callbacks.anchoring.forms.form import Form, Opening
+from tl_callbacks.anchoring.forms.loss_term import LossTerm
+from tl_callbacks.anchoring.forms.observing import Observed, Observer
+from tl_callbacks.anchoring.reference.beside import as_reference, floating_buffers, saved
 from tl_callbacks.fingerprints import base_model, changes_base
-from tl_callbacks.frozen.state import requires_grad_kept
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.names import normalise
 from tl_callbacks.parameters import is_peft
+from tl_callbacks.reading.adapters import without_adapters
 from tl_callbacks.reading.points import ReadPoint, Stream
 from tl_callbacks.reading.pooling import fitting, rows_first
 from tl_callbacks.sharding import sharding
@@ -42,7 +42,7 @@ class Activations(Form):
 
     def take(self, model: nn.Module, names: list[str], given: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
         """Keep the buffers that training moves, such as BatchNorm's statistics."""
-        self._switches_off = given is None and hasattr(model, "disable_adapter") and not changes_base(model)
+        self._switches_off = given is None and is_peft(model) and not changes_base(model)
         theirs = {normalise(name): tensor for name, tensor in (given or {}).items()}
         now = floating_buffers(model)
         self._buffers = {
@@ -142,7 +142,8 @@ class Activations(Form):
         assert self._observer is not None
         model = self.opening.model
         self._observer.listen(graphs=False)
-        with without_adapters(model, self._switches_off), as_reference(model, self.opening.reference, self._buffers):
+        base = without_adapters(model) if self._switches_off else nullcontext()
+        with base, as_reference(model, self.opening.reference, self._buffers):
             model(*seen.args, **without_labels(model, seen.kwargs))
         return self._observer.heard()[-1]
 
@@ -166,55 +167,6 @@ class Activations(Form):
         mask = seen.call.mask(stream, values)
         values = rows_first(values, seen.call.rows, mask, seen.call.segments)
         return values, fitting(mask, values, prompted=is_peft(self.opening.model)) if values.ndim == 3 else None
-
-
-@contextmanager
-def without_adapters(model: nn.Module, switched_off: bool) -> Iterator[None]:
-    """Let a PEFT model compute what its base computes, if it is to; what trains is what it was after it.
-
-    Args:
-        model: the model.
-        switched_off: whether it has adapters that are to be off.
-
-    Example:
-        >>> from peft import LoraConfig, get_peft_model
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
-        >>> frozen = model.base_model.model[0].lora_A.default.weight.requires_grad_(False)
-        >>> with without_adapters(model, switched_off=True):
-        ...     model.base_model.model[0].disable_adapters
-        True
-        >>> frozen.requires_grad
-        False
-    """
-    if not switched_off:
-        yield
-        return
-    off = _below_the_prompt(model) if has_prompt(model) else model.disable_adapter()  # type: ignore[operator]
-    with requires_grad_kept(model), off:
-        yield
-
-
-@contextmanager
-def _below_the_prompt(model: Any) -> Iterator[None]:
-    """Let a model compute without its prompt; PEFT's own way (0.21) fails for models that do not generate."""
-    before = vars(model).get("forward")
-    model.forward = model.base_model.forward
-    try:
-        yield
-    finally:
-        del model.forward
-        if before is not None:
-            model.forward = before
-
-
-def has_prompt(model: nn.Module) -> bool:
-    """Return whether what PEFT adds to a model stands before its inputs (prompt tuning, prefixes and the like).
-
-    Example:
-        >>> has_prompt(nn.Linear(2, 2))
-        False
-    """
-    return any(config.is_prompt_learning for config in (getattr(model, "peft_config", None) or {}).values())
 
 
 def head_parameters(groups: LayerGroups) -> set[str]:

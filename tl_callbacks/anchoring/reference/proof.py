@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from tl_callbacks import events
-from tl_callbacks.anchoring.below import weights_below, with_updates
-from tl_callbacks.anchoring.reference import Reference, Source
-from tl_callbacks.anchoring.updates import LoraUpdate, agreed, lora_updates
+from tl_callbacks.anchoring.operations.lora import LoraUpdate, agreed, lora_updates
+from tl_callbacks.anchoring.reference.below import weights_below, with_updates
+from tl_callbacks.anchoring.reference.reference import Reference, Source
 from tl_callbacks.callbacks import TransferCallback
 from tl_callbacks.checkpoints import loaded_checkpoint
 from tl_callbacks.discovery import group_layers
+from tl_callbacks.fingerprints import base_model
 from tl_callbacks.groups import LayerGroups
 from tl_callbacks.parameters import parameters_by_name
 
@@ -26,7 +27,8 @@ class WithReference(TransferCallback):
         reference: None, "checkpoint", or tensors by parameter name.
         reference_dtype: of the copies; None: the parameters'.
         reference_device: of the copies; None: the parameters'.
-        exclude: names or patterns of groups that have none; None: the head group.
+        exclude: names or patterns of groups that have none; None: the head group, unless
+                it is a language model's.
         groups: the layer groups; None: `group_layers(model)`.
     """
 
@@ -178,8 +180,17 @@ class WithReference(TransferCallback):
         """Return the layer groups."""
         return self.groups or group_layers(model)
 
-    def _excluded(self, groups: LayerGroups) -> tuple[str, ...]:
+    def _excluded(self, model: nn.Module, groups: LayerGroups) -> tuple[str, ...]:
         """Return the names of the groups without a reference."""
         if self.exclude is not None:
             return tuple(groups.select(self.exclude))
-        return () if groups.head is None else (groups.head,)
+        return () if groups.head is None or _predicts_tokens(model, groups) else (groups.head,)
+
+
+def _predicts_tokens(model: nn.Module, groups: LayerGroups) -> bool:
+    """Return whether the head is a language model's, which is pretrained as the rest is."""
+    find = getattr(base_model(model), "get_output_embeddings", None)
+    outputs = find() if find is not None else None
+    held = {id(parameter) for parameter in outputs.parameters()} if outputs is not None else set()
+    parameters = parameters_by_name(model)
+    return any(id(parameters.get(name)) in held for name in groups[groups.head or ""].parameters)

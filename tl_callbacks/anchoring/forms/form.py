@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import Trainer, TrainerState
 
-from tl_callbacks.anchoring.updates import LoraUpdate
+from tl_callbacks.anchoring.operations.lora import LoraUpdate
 from tl_callbacks.groups import LayerGroups
 
 

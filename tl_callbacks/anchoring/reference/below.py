@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-from tl_callbacks.anchoring.updates import LoraUpdate, update_name
+from tl_callbacks.anchoring.operations.lora import LoraUpdate, update_name
 from tl_callbacks.names import normalise
 
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from tl_callbacks import events
-from tl_callbacks.anchoring.beside import as_given, buffers_of, floating_buffers, saved
-from tl_callbacks.anchoring.interpolation import Place, as_row, choose, interpolate_
-from tl_callbacks.anchoring.mapped import ReferenceWrittenError
 from tl_callbacks.anchoring.measuring import UnknownMetricError, evaluated, names_of, number, prefix
-from tl_callbacks.anchoring.referenced import WithReference
+from tl_callbacks.anchoring.operations.interpolation import Place, as_row, choose, interpolate_
+from tl_callbacks.anchoring.reference.beside import as_given, buffers_of, floating_buffers, saved
+from tl_callbacks.anchoring.reference.mapped import ReferenceWrittenError
+from tl_callbacks.anchoring.reference.proof import WithReference
 from tl_callbacks.callbacks import TransferCallback, announce
 from tl_callbacks.dtensors import local, reshard
 from tl_callbacks.errors import NoEffectWarning
@@ -65,7 +65,8 @@ class WeightInterpolation(WithReference):
         reference: as in `WeightAnchoring`, as are the next two.
         reference_dtype: of the copies; None: the parameters'.
         reference_device: of the copies; None: the parameters'.
-        exclude: names or patterns of groups that stay tuned; None: the head group; (): none.
+        exclude: names or patterns of groups that stay tuned; None: the head group, whose weights are new, unless it is
+            a language model's; (): none.
         groups: the layer groups; None: `group_layers(model)`.
 
     Raises:
@@ -197,7 +198,7 @@ class WeightInterpolation(WithReference):
     def _names(self, model: nn.Module) -> list[str]:
         """Return what is interpolated: what has a group that is not excluded, and is no integer."""
         groups, parameters = self._layers(model), parameters_by_name(model)
-        excluded = self._excluded(groups)
+        excluded = self._excluded(model, groups)
         names = [name for group in groups if group.name not in excluded for name in group.parameters]
         return [name for name in names if parameters[name].is_floating_point()]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tl_callbacks.anchoring.likelihood import (
+from tl_callbacks.anchoring.fisher.likelihood import (
     draw_labels,
     log_likelihood,
     mean_loss,

@@ -9,10 +9,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerState
 
 from tl_callbacks import events
-from tl_callbacks.anchoring.annealing import SigmoidAnnealing
-from tl_callbacks.anchoring.forms import Anchored, AnchoredUpdate, Form, Opening, skipped
-from tl_callbacks.anchoring.penalties import half_life, pull_
-from tl_callbacks.anchoring.updates import shrink_
+from tl_callbacks.anchoring.forms.form import Anchored, AnchoredUpdate, Form, Opening, skipped
+from tl_callbacks.anchoring.operations.annealing import SigmoidAnnealing
+from tl_callbacks.anchoring.operations.lora import shrink_
+from tl_callbacks.anchoring.operations.pulls import half_life, pull_
 from tl_callbacks.dtensors import local
 
 _EVENT = "annealing"

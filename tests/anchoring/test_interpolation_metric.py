@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tests import tiny
-from tests.anchoring.test_wise import trained
+from tests.anchoring.test_weight_interpolation import trained
 from tl_callbacks import NoEffectWarning, WeightInterpolation, attach, events
 
 

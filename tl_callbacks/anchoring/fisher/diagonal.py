@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tl_callbacks.anchoring.per_sample import Loss, SquaredGradients, samples_of
+from tl_callbacks.anchoring.fisher.per_sample import Loss, SquaredGradients, samples_of
 from tl_callbacks.fingerprints import tensor_hash
 from tl_callbacks.names import closest, normalise
 from tl_callbacks.reading.quiet import evaluating

@@ -1,0 +1,1 @@
+"""The diagonal of the Fisher information: how much each weight matters to a task."""
