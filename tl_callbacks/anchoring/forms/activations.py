@@ -16,10 +16,9 @@ from transformers import Trainer, TrainerState
 from tl_callbacks.anchoring.forms.form import Form, Opening
 from tl_callbacks.anchoring.forms.loss_term import LossTerm
 from tl_callbacks.anchoring.forms.observing import Observed, Observer
-from tl_callbacks.anchoring.reference.beside import as_reference, floating_buffers, saved
+from tl_callbacks.anchoring.reference.beside import as_given, as_reference, floating_buffers, saved
 from tl_callbacks.fingerprints import base_model, changes_base
 from tl_callbacks.groups import LayerGroups
-from tl_callbacks.names import normalise
 from tl_callbacks.parameters import is_peft
 from tl_callbacks.reading.adapters import without_adapters
 from tl_callbacks.reading.points import ReadPoint, Stream
@@ -43,11 +42,7 @@ class Activations(Form):
     def take(self, model: nn.Module, names: list[str], given: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
         """Keep the buffers that training moves, such as BatchNorm's statistics."""
         self._switches_off = given is None and is_peft(model) and not changes_base(model)
-        theirs = {normalise(name): tensor for name, tensor in (given or {}).items()}
-        now = floating_buffers(model)
-        self._buffers = {
-            name: theirs.get(normalise(name), own).detach().to(own, copy=True) for name, own in now.items()
-        }
+        self._buffers = as_given(floating_buffers(model), given)
         return saved(model, self._buffers)
 
     def findings(self, trainer: Trainer) -> list[str]:
