@@ -99,7 +99,6 @@ class LanguageModelling(Measure):
         self.kl_tokens = kl_tokens
         self.mask_share = mask_share
         self.collate = collate
-        self._source: Source | None = None
         self._kind: LanguageKind = "causal"
 
     def __repr__(self) -> str:
@@ -110,11 +109,6 @@ class LanguageModelling(Measure):
         """The cross-entropy and the divergence."""
         found = {self.name: "cross-entropy of held-out text, nats a token; retention: exp(before - now)"}
         return {**found, f"{self.name}_kl": "KL(before || now), nats a token"} if self.kl_tokens else found
-
-    @property
-    def rows(self) -> int:
-        """Samples that are read."""
-        return len(self._source.places) if self._source is not None else 0
 
     def findings(self, trainer: Trainer) -> list[str]:
         """Return what would go wrong: rows that cannot be read, a head that trains or is missing."""

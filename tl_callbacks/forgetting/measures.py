@@ -62,8 +62,8 @@ class Measure:
 
     @property
     def rows(self) -> int:
-        """How many rows it reads, once prepared."""
-        raise NotImplementedError
+        """How many rows it reads; 0 before it is prepared."""
+        return len(self._source.places) if self._source is not None else 0
 
     def digest(self) -> str:
         """Return 16 hexadecimal digits that change with the rows that are read, once prepared.

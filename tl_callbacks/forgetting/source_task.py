@@ -16,7 +16,7 @@ from tl_callbacks.probing.evaluation import Collate, resolved, source_of
 from tl_callbacks.probing.linear_probe import held_out_ridge
 from tl_callbacks.probing.measures import FOLDS, narrow
 from tl_callbacks.probing.passes import Part
-from tl_callbacks.probing.rows import Source, Step, called, forwards
+from tl_callbacks.probing.rows import Step, called, forwards
 from tl_callbacks.probing.scores import classes_of, moments_of_folds, stratified_folds
 from tl_callbacks.probing.targets import LABELS, as_targets, why_no_probe
 from tl_callbacks.reading.pooling import Pooling
@@ -83,7 +83,6 @@ class SourceTask(Measure):
         self.own_score = score
         self.pooling = pooling
         self.collate = collate
-        self._source: Source | None = None
         self._unprobed = ""
 
     def __repr__(self) -> str:
@@ -105,11 +104,6 @@ class SourceTask(Measure):
     def unmeasured(self) -> dict[str, str]:
         """Why nothing is probed, where that is so."""
         return {f"{self.name}_reprobed": self._unprobed} if self._unprobed else {}
-
-    @property
-    def rows(self) -> int:
-        """Rows that are read."""
-        return len(self._source.places) if self._source is not None else 0
 
     def findings(self, trainer: Trainer) -> list[str]:
         """Return what would go wrong: rows that cannot be read, a head that trains."""

@@ -68,7 +68,6 @@ class Retrieval(Measure):
         self.pooling = pooling
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self._source: Source | None = None
 
     def __repr__(self) -> str:
         return f"Retrieval(pairs={len(self.pairs)}, k={self.k}, pooling={self.pooling!r})"
@@ -81,7 +80,7 @@ class Retrieval(Measure):
     @property
     def rows(self) -> int:
         """Pairs that are read."""
-        return len(self._source.places) // 2 if self._source is not None else 0
+        return super().rows // 2
 
     def prepare(self, trainer: Trainer) -> None:
         """Tokenise the texts: all queries, then all documents."""
