@@ -187,14 +187,15 @@ def test_distances_are_of_the_weights_of_their_step_and_at_the_end_of_the_best(t
     attach(trainer)
     trainer.train()
     assert trainer.state.best_global_step == 4
-    logged = {
-        entry["step"]: {key.removeprefix("tl/anchor/"): v for key, v in entry.items() if key.startswith("tl/anchor/")}
+    logged = [
+        (entry["step"], {k.removeprefix("tl/anchor/"): v for k, v in entry.items() if k.startswith("tl/anchor/")})
         for entry in trainer.state.log_history
         if "tl/anchor/embeddings" in entry
-    }
-    assert list(logged) == [4, 8, 10]
-    assert anchor.distances(model) == logged[4]
-    assert logged[4] != logged[8] != logged[10] != logged[4], "the control: the last weights are others"
+    ]
+    steps, (best, later, last, final) = zip(*logged, strict=True)
+    assert steps == (4, 8, 10, 10)
+    assert anchor.distances(model) == best == final
+    assert best != later != last != best, "the control: the last weights are others"
 
 
 def test_several_evaluation_sets_and_one_before_training_repeat_nothing(tmp_path: Path) -> None:
